@@ -1,0 +1,340 @@
+"""What can be turned: every knob of the pipeline, and the command line made from them.
+
+Edit a default below, or give it as a flag to any script: `python train.py --learning_rate 5e-4 --no-demo`.
+"""
+
+import argparse
+import dataclasses
+import functools
+import inspect
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """All settings of one run; immutable, checked when made.
+
+    Raises:
+        UserError: A value has the wrong type or is out of range; the message names field, value and rule.
+    """
+
+    # ---- where things are -------------------------------------------------------------------------------
+    data_dir: str = "data/dataset"  # one folder of clips per emotion; may be read-only
+    test_dir: str = ""  # clips to label for the submission; empty: the folder Test in data_dir
+    cache_dir: str = "cache"  # extracted features; safe to delete, made again when missing
+    checkpoint: str = "best_emotion_model.pth"  # the model with the best validation accuracy
+    submission: str = "submission.csv"  # what inference.py writes for the test clips
+    run_dir: str = "run"  # history, metrics, figures and the checkpoint that --resume continues from
+    demo: bool = False  # use a small synthetic corpus, made on the spot, in place of data_dir
+
+    # ---- audio: changing these re-extracts the features -------------------------------------------------
+    sample_rate: int = 22050  # Hz; every clip is resampled to it
+    duration: float = 3.0  # seconds; longer clips are cut, shorter ones zero-padded at the end
+    n_mfcc: int = 40  # cepstral coefficients per frame; delta and delta-delta triple them
+    n_fft: int = 2048  # samples per analysis window: 93 ms
+    hop_length: int = 512  # samples between windows: 23 ms
+    n_mels: int = 128  # mel bands under the cepstrum
+
+    # ---- network ----------------------------------------------------------------------------------------
+    conv_channels: int = 32  # channels of the first convolution; each further block doubles them
+    conv_blocks: int = 3  # convolution blocks; each halves the number of frames
+    gru_hidden: int = 128  # units per direction
+    gru_layers: int = 2  # stacked bidirectional layers
+    dropout: float = 0.5  # probability, between the GRU layers and in the head
+    conv_dropout: float = 0.0  # probability, after each convolution block
+
+    # ---- data split: random by clip, stratified by class, identical audio kept together -----------------
+    val_fraction: float = 0.1  # of the clips; selects the checkpoint, steers learning rate and stopping
+    holdout_fraction: float = 0.1  # of the clips; scored once, after training; 0: train on them too
+    seed: int = 0  # of split, initial weights, shuffling and dropout
+
+    # ---- training ---------------------------------------------------------------------------------------
+    batch_size: int = 64  # clips per step
+    epochs: int = 60  # at most; early stopping usually ends sooner
+    learning_rate: float = 1e-3  # of Adam, at the start
+    weight_decay: float = 1e-4  # L2 penalty on all weights
+    patience: int = 10  # epochs without a better validation accuracy before training stops
+    lr_factor: float = 0.5  # the learning rate is multiplied by this on a plateau
+    lr_patience: int = 3  # epochs without a better validation accuracy that the rate survives
+    resume: bool = False  # continue the interrupted run in run_dir, bit for bit
+
+    # ---- machine ----------------------------------------------------------------------------------------
+    device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, cuda:N or mps
+    num_workers: int = -1  # processes that read and extract clips; -1: one per core, 0: none but this one
+    fill: str = ""  # label for test clips that cannot be read; empty: their presence is an error
+
+    def __post_init__(self) -> None:
+        """Check every value, so that a bad edit or flag stops here and not an hour into a run."""
+        fields = dataclasses.fields(self)
+        plain = {name for name, value in vars(type(self)).items() if type(value) in _KINDS}
+        for name in sorted(plain - {field.name for field in fields} - {"__module__", "__doc__"}):
+            raise UserError(f"config.py: {name} has no type, so it is no setting: write `{name}: type = ...`")
+        for field in fields:
+            _check(self, field.name, field.type)
+        _require(self, "hop_length", self.hop_length <= self.n_fft, f"at most n_fft ({self.n_fft})")
+        _require(self, "n_mels", self.n_mels <= self.n_fft // 2 + 1, "at most n_fft / 2 + 1")
+        _require(self, "n_mfcc", self.n_mfcc <= self.n_mels, f"at most n_mels ({self.n_mels})")
+        _require(self, "duration", self.n_frames >= MIN_FRAMES, f"at least {MIN_FRAMES} frames of hop_length")
+        room = 0.9 - self.val_fraction
+        _require(
+            self, "holdout_fraction", self.holdout_fraction <= room, f"at most 0.9 - val_fraction ({room:g})"
+        )
+        named = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device) is not None
+        _require(self, "device", named, "auto, cpu, cuda, cuda:N or mps")
+
+    @property
+    def n_samples(self) -> int:
+        """Samples in a standardised clip: 66,150."""
+        return round(self.duration * self.sample_rate)
+
+    @property
+    def n_frames(self) -> int:
+        """Frames in a standardised clip: 130; windows are centred, hence the extra one."""
+        return 1 + self.n_samples // self.hop_length
+
+    @property
+    def n_features(self) -> int:
+        """Feature rows: MFCC, delta and delta-delta, 120."""
+        return 3 * self.n_mfcc
+
+    @property
+    def data_root(self) -> Path:
+        """Folder of the class folders: data_dir, or that of the demo corpus."""
+        return Path("data", "demo") if self.demo else Path(self.data_dir)
+
+    @property
+    def test_root(self) -> Path:
+        """Folder of the clips to label."""
+        return Path(self.test_dir) if self.test_dir and not self.demo else self.data_root / "Test"
+
+    def to_dict(self) -> dict[str, int | float | str | bool]:
+        """All fields as plain types, in the order of their definition."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Config":
+        """Rebuild what to_dict gave.
+
+        Raises:
+            UserError: A field is missing, unknown or bad.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        if names != set(values):
+            odd = ", ".join(sorted(map(str, names ^ set(values))))
+            raise UserError(f"settings do not fit this version of config.py: missing or unknown {odd}")
+        return cls(**values)
+
+    def with_runtime(self, other: "Config") -> "Config":
+        """Take the RUNTIME_FIELDS from another config: where to run, not what to compute."""
+        return dataclasses.replace(self, **{name: getattr(other, name) for name in RUNTIME_FIELDS})
+
+    def differences(self, other: "Config", *, ignore: Iterable[str] = ()) -> list[str]:
+        """One `name: mine -> theirs` for each field that differs and is not ignored."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        changed = [name for name in mine if mine[name] != theirs[name] and name not in set(ignore)]
+        return [f"{name}: {mine[name]!r} -> {theirs[name]!r}" for name in changed]
+
+
+MIN_FRAMES = 9  # the delta filter spans nine frames
+
+# Where and on what to run. All others are baked into the checkpoint, so that a new field is safe by default.
+RUNTIME_FIELDS = frozenset(
+    "data_dir test_dir cache_dir checkpoint submission run_dir demo resume "
+    "batch_size device num_workers fill".split()
+)
+# What a resumed run may change. Any other change would mean other data or another network.
+RESUMABLE_FIELDS = RUNTIME_FIELDS | frozenset(
+    "epochs learning_rate weight_decay dropout conv_dropout patience lr_factor lr_patience".split()
+)
+
+_BOUNDS: dict[str, tuple[float, float]] = {  # inclusive
+    "sample_rate": (1000, 768000),
+    "duration": (0.05, 600),
+    "n_mfcc": (1, 1024),
+    "n_fft": (16, 65536),
+    "hop_length": (1, 65536),
+    "n_mels": (1, 4096),
+    "conv_channels": (1, 4096),
+    "conv_blocks": (1, 8),
+    "gru_hidden": (1, 8192),
+    "gru_layers": (1, 16),
+    "dropout": (0, 0.95),
+    "conv_dropout": (0, 0.95),
+    "val_fraction": (0.001, 0.9),
+    "holdout_fraction": (0, 0.9),
+    "seed": (0, 2**32 - 1),
+    "batch_size": (1, 65536),
+    "epochs": (1, 1_000_000),
+    "learning_rate": (1e-9, 10),
+    "weight_decay": (0, 10),
+    "patience": (1, 1_000_000),
+    "lr_factor": (0.001, 0.999),
+    "lr_patience": (0, 1_000_000),
+    "num_workers": (-1, 1024),
+}
+_MAY_BE_EMPTY = {"test_dir", "fill"}
+_KINDS: dict[object, str] = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
+
+
+class UserError(Exception):
+    """An expected fault, for the user to mend: shown as one `error:` line, without a traceback."""
+
+    def __init__(self, message: str, *, code: int = 2) -> None:
+        """Keep message (value, rule, remedy) and exit code: 2 could not start, 1 failed on the way."""
+        super().__init__(message)
+        self.code = code
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM: the run ends in good order, with exit code 130 or 143."""
+
+    def __init__(self, signum: int = signal.SIGINT) -> None:
+        """Derive the exit code the way shells do."""
+        super().__init__()
+        self.code = 128 + signum
+
+
+def _require(cfg: Config, name: str, condition: bool, rule: str) -> None:
+    if not condition:
+        raise UserError(f"{name} = {getattr(cfg, name)!r}: must be {rule}")
+
+
+def _check(cfg: Config, name: str, kind: object) -> None:
+    """Check the type and the bounds of one field."""
+    value = getattr(cfg, name)
+    _require(cfg, name, kind in _KINDS, "declared as int, float, str or bool")
+    _require(cfg, name, type(value) is kind or (kind is float and type(value) is int), _KINDS[kind])
+    if isinstance(value, str):
+        _require(cfg, name, bool(value.strip()) or name in _MAY_BE_EMPTY, "not empty")
+        _require(cfg, name, "\0" not in value, "free of NUL characters")
+    elif name in _BOUNDS:
+        low, high = _BOUNDS[name]
+        _require(cfg, name, low <= value <= high, f"between {low} and {high}")  # NaN fails too
+
+
+# ---- command line ---------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose complaints are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Exit with status 2."""
+        self.exit(2, f"error: {printable(message)} (see {self.prog} --help)\n")
+
+
+def parse_config(argv: Sequence[str] | None = None, *, description: str | None = None) -> Config:
+    """The defaults above with the flags of the command line laid over them.
+
+    Raises:
+        SystemExit: 2 after one line on stderr if a flag or value is bad, 0 after --help.
+    """
+    return _parse(_make_parser([field.name for field in dataclasses.fields(Config)], description), argv)[0]
+
+
+def parse_runtime_config(
+    argv: Sequence[str] | None = None, *, description: str | None = None
+) -> tuple[Config, list[str]]:
+    """The same for inference: flags for the RUNTIME_FIELDS alone, and any number of paths.
+
+    Raises:
+        SystemExit: As parse_config; also for a flag that would contradict the checkpoint.
+    """
+    parser = _make_parser(sorted(RUNTIME_FIELDS), description)
+    parser.add_argument("paths", nargs="*", help="files, folders or patterns; none: the test folder")
+    return _parse(parser, argv)
+
+
+def _make_parser(names: Iterable[str], description: str | None) -> _Parser:
+    """Make a parser with one flag per field; the help texts are the comments in Config."""
+    parser = _Parser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    for name in names:
+        kind: Any = fields[name].type
+        text = f"{comments.get(name, '')} [{fields[name].default!r}]".replace("%", "%%")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": functools.partial(_convert, kind), "metavar": kind.__name__.upper()}
+        parser.add_argument(f"--{name}", **options)
+    return parser
+
+
+def _parse(parser: _Parser, argv: Sequence[str] | None) -> tuple[Config, list[str]]:
+    values, unknown = parser.parse_known_args(argv)
+    for flag in unknown:
+        name = flag.lstrip("-").partition("=")[0].removeprefix("no-")
+        if flag.startswith("--") and name in Config.__dataclass_fields__:
+            parser.error(f"{flag}: {name} is part of the checkpoint and cannot be changed after training")
+        parser.error(f"unknown argument {flag}")
+    paths: list[str] = vars(values).pop("paths", [])
+    try:
+        return Config(**vars(values)), paths
+    except UserError as error:
+        parser.error(str(error))
+
+
+def _convert(kind: Callable[[str], int | float | str], text: str) -> int | float | str:
+    try:
+        return kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not {_KINDS[kind]}") from None
+
+
+def printable(text: str) -> str:
+    """Escape control characters and undecodable bytes: a file name must not steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(message: str) -> None:
+    """Print one line to stderr; stdout is for results."""
+    print(printable(message), file=sys.stderr, flush=True)
+
+
+def command(main: Callable[..., int]) -> Callable[..., int]:
+    """Wrap a script's main: expected faults become one `error:` line, and signals an orderly end.
+
+    The first Ctrl-C or SIGTERM raises Interrupted; a second one kills at once.
+    """
+
+    def stop(signum: int, _frame: FrameType | None) -> NoReturn:
+        signal.signal(signum, signal.SIG_DFL)
+        raise Interrupted(signum)
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> int:
+        # A background job of a shell has SIGINT ignored, and must keep it so.
+        signals = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
+        before = {s: signal.signal(s, stop) for s in signals}
+        try:
+            return main(argv)
+        except UserError as error:
+            say(f"error: {error}")
+            return error.code
+        except Interrupted as stopped:
+            say("interrupted")
+            return stopped.code
+        except BrokenPipeError:  # the reader of our output has left, as `head` does
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            say(f"error: {where}{error.strerror or error}")
+            return 1
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    return wrapped

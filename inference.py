@@ -1,0 +1,254 @@
+"""So what: labels clips with a trained checkpoint.
+
+python inference.py                    the clips of the test folder -> submission.csv
+python inference.py a.wav clips/ ...   files, folders, patterns -> a CSV with probabilities on stdout
+"""
+
+from config import RESUMABLE_FIELDS, Config, UserError, command, parse_runtime_config, say
+
+if __name__ == "__main__":
+    parse_runtime_config(description=__doc__)  # answers --help and refuses a bad flag before torch is loaded
+
+import csv
+import glob
+import io
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from model import Checkpoint, EmotionCNNGRU, load_checkpoint, replace_file, resolve_device, restore_model
+from prepare import (
+    AudioError,
+    ClipFeatures,
+    FloatArray,
+    find_audio,
+    iter_features,
+    make_demo,
+    report_failures,
+)
+
+Prediction: TypeAlias = tuple[
+    Path, FloatArray | AudioError
+]  # a file and its class probabilities (C,), or the reason
+
+# ---- which clips ----------------------------------------------------------------------------------------
+
+
+def find_test_clips(test_dir: Path) -> list[Path]:
+    """The clips to label, in natural order: 2.wav before 10.wav.
+
+    Raises:
+        UserError: There are none, or two have the same name, or a name cannot be written to a CSV.
+    """
+    if not test_dir.is_dir():
+        raise UserError(f"no test folder {test_dir}: pass --test_dir DIR, or name files to label")
+    paths = sorted(find_audio(test_dir), key=_natural_key)
+    if not paths:
+        raise UserError(f"no audio files below {test_dir}")
+    counts = Counter(path.name for path in paths)
+    if twice := next((path for path in paths if counts[path.name] > 1), None):
+        raise UserError(
+            f"{twice.name} is in {counts[twice.name]} folders below {test_dir}: ids must differ", code=1
+        )
+    _check_names(path.name for path in paths)
+    return paths
+
+
+def expand_paths(arguments: Sequence[str]) -> list[Path]:
+    """Files as they are, the clips below folders, and the matches of patterns that the shell left alone.
+
+    Raises:
+        UserError: An argument leads to no file, or a name cannot be written to a CSV.
+    """
+    paths: list[Path] = []
+    for argument in arguments:
+        # Path.glob refuses absolute patterns.
+        matches = [argument] if Path(argument).exists() else sorted(glob.glob(argument, recursive=True))  # noqa: PTH207
+        for match in map(Path, matches):
+            paths += sorted(find_audio(match), key=_natural_key) if match.is_dir() else [match]
+        if not matches:
+            raise UserError(f"{argument}: no such file or folder")
+    if not paths:
+        raise UserError(f"no audio files in {', '.join(arguments)}")
+    _check_names(str(path) for path in paths)
+    return paths
+
+
+def _natural_key(path: Path) -> list[tuple[int, str]]:
+    """Compare the numbers in names as numbers."""
+    pieces = re.split(r"([0-9]+)", path.as_posix())
+    return [(int(piece), "") if index % 2 else (-1, piece) for index, piece in enumerate(pieces)]
+
+
+def _check_names(names: Iterable[str]) -> None:
+    """Refuse, before any work, the few names that would not come back unchanged from a CSV in UTF-8."""
+    for name in names:
+        if "\r" in name or any("\ud800" <= character <= "\udfff" for character in name):
+            raise UserError(f"{name}: holds a carriage return or bytes that are not UTF-8: rename the file")
+
+
+# ---- predictions ----------------------------------------------------------------------------------------
+
+
+def predict(
+    model: EmotionCNNGRU, paths: Sequence[Path], *, cfg: Config, device: torch.device
+) -> Iterator[Prediction]:
+    """Yield the class probabilities of each file, in order; memory does not grow with the files."""
+    batch: list[ClipFeatures | AudioError] = []
+    for result in iter_features(paths, cfg):
+        batch.append(result)
+        if len(batch) == cfg.batch_size:
+            yield from _predict_batch(model, batch, device)
+            batch = []
+    yield from _predict_batch(model, batch, device)
+
+
+def _predict_batch(
+    model: EmotionCNNGRU, batch: Sequence[ClipFeatures | AudioError], device: torch.device
+) -> Iterator[Prediction]:
+    clips = [result.features for result in batch if isinstance(result, ClipFeatures)]
+    rows = iter(())
+    if clips:
+        with torch.inference_mode():
+            rows = iter(model(torch.from_numpy(np.stack(clips)).to(device)).softmax(dim=1).cpu().numpy())
+    for result in batch:
+        yield result.path, (next(rows) if isinstance(result, ClipFeatures) else result)
+
+
+# ---- submission -----------------------------------------------------------------------------------------
+
+HEADER = ["filename", "emotion"]
+
+
+def compare_with_sample(sample: Path, names: Sequence[str], labels: Sequence[str]) -> list[str]:
+    """Say how the competition's sample submission differs from what we are about to write.
+
+    Args:
+        sample: CSV with the header and the ids that the competition expects.
+        names: Our ids, all different.
+        labels: The class names that we predict.
+    """
+    with sample.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        header, *rows = list(csv.reader(file)) or [[]]
+    if header != HEADER:
+        return [f"header {','.join(header)}, not {','.join(HEADER)}"]
+    expected = Counter(row[0] for row in rows if row)
+    sides = {
+        "ids without a file": [name for name in expected if name not in set(names)],
+        "files without an id": [name for name in names if name not in expected],
+        "ids listed twice": [name for name, count in expected.items() if count > 1],
+        "labels we do not know": sorted({row[1] for row in rows if len(row) > 1} - set(labels)),
+    }
+    return [f"{len(odd)} {what}: {', '.join(odd[:5])}" for what, odd in sides.items() if odd]
+
+
+def write_submission(rows: Iterable[tuple[str, str]], path: Path) -> int:
+    """Write (file name, emotion) pairs below the header, in one step; return their number.
+
+    Raises:
+        OSError: It cannot be written; an earlier submission is as it was.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(HEADER)
+    n_rows = 0
+    for row in rows:
+        writer.writerow(row)
+        n_rows += 1
+    with replace_file(path) as file:
+        file.write(text.getvalue().encode())
+    return n_rows
+
+
+def submit(checkpoint: Checkpoint, model: EmotionCNNGRU, cfg: Config, device: torch.device) -> int:
+    """Label the test folder and write the submission.
+
+    Raises:
+        UserError: A clip cannot be read and no fill is given; an earlier submission is as it was.
+    """
+    if cfg.demo:
+        make_demo(cfg.data_root)
+    labels = checkpoint.labels
+    if cfg.fill and cfg.fill not in labels:
+        raise UserError(f"fill = {cfg.fill!r}: must be one of {', '.join(labels)}")
+    paths = find_test_clips(cfg.test_root)
+    names = [path.name for path in paths]
+    samples = [folder / "sample_submission.csv" for folder in (cfg.data_root, cfg.data_root.parent)]
+    sample = next((sample for sample in samples if sample.is_file()), None)
+    differences = compare_with_sample(sample, names, labels) if sample else []
+    for difference in differences:
+        say(f"warning: {sample}: {difference}")
+
+    rows: list[tuple[str, str]] = []
+    failures: list[AudioError] = []
+    for path, result in tqdm(
+        predict(model, paths, cfg=cfg, device=device), "clips", len(paths), disable=None
+    ):
+        if isinstance(result, AudioError):
+            failures.append(result)
+            rows.append((path.name, cfg.fill))
+        else:
+            rows.append((path.name, labels[int(result.argmax())]))
+    report_failures(failures)
+    if failures and not cfg.fill:
+        raise UserError(
+            f"{cfg.submission} not written: {len(failures)} of {len(paths)} clips have no label; "
+            f"mend them, or pass --fill LABEL",
+            code=1,
+        )
+    n_rows = write_submission(rows, Path(cfg.submission))
+    if failures:
+        say(f"warning: {len(failures)} of {n_rows} rows are not predictions but filled with {cfg.fill}")
+    agrees = f", ids as in {sample}" if sample and not differences else ""
+    print(f"{n_rows} rows in {cfg.submission}{agrees}")
+    return 1 if differences else 0
+
+
+def label_paths(
+    arguments: Sequence[str], checkpoint: Checkpoint, model: EmotionCNNGRU, cfg: Config, device: torch.device
+) -> int:
+    """Print a CSV row with probabilities for each file; return 1 if one could not be read, else 0."""
+    paths = expand_paths(arguments)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow([*HEADER, "confidence", *checkpoint.labels])
+    failures: list[AudioError] = []
+    for path, result in predict(model, paths, cfg=cfg, device=device):
+        if isinstance(result, AudioError):
+            failures.append(result)
+            continue
+        probabilities = [f"{probability:.4f}" for probability in result]
+        best = int(result.argmax())
+        writer.writerow([path, checkpoint.labels[best], probabilities[best], *probabilities])
+    report_failures(failures)
+    return 1 if failures else 0
+
+
+# ---- the script -----------------------------------------------------------------------------------------
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Label a test folder for a submission, or the files named."""
+    runtime, paths = parse_runtime_config(argv, description=__doc__)
+    checkpoint = load_checkpoint(Path(runtime.checkpoint))
+    cfg = checkpoint.config.with_runtime(runtime)
+    if differences := runtime.differences(cfg, ignore=RESUMABLE_FIELDS):
+        say(f"note: settings are those of the checkpoint, not of config.py ({'; '.join(differences)})")
+    if checkpoint.config.demo:
+        say("note: this model knows only the synthetic demo corpus: on real speech it guesses")
+    device = resolve_device(cfg.device)
+    model = restore_model(checkpoint, device)
+    if paths:
+        return label_paths(paths, checkpoint, model, cfg, device)
+    return submit(checkpoint, model, cfg, device)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,304 @@
+"""With what: the network, the dataset that feeds it, and the checkpoint file that holds it."""
+
+import contextlib
+import glob
+import os
+import time
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from config import Config, UserError
+
+# ---- dataset --------------------------------------------------------------------------------------------
+
+
+class _Features(Protocol):
+    """What the dataset asks of features: an array, in memory or mapped from disk."""
+
+    def __getitem__(self, indices: npt.NDArray[np.int64], /) -> npt.NDArray[np.float32]: ...
+
+
+class EmotionDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Features and class numbers of some of the clips of a corpus."""
+
+    def __init__(
+        self,
+        features: _Features,
+        targets: npt.NDArray[np.int64],
+        indices: npt.NDArray[np.int64] | None = None,
+    ) -> None:
+        """Choose the clips.
+
+        Args:
+            features: (N, n_features, n_frames) float32; only indexed, never copied as a whole.
+            targets: (N,) class numbers.
+            indices: (M,) the clips of this dataset; None for all.
+        """
+        self.features, self.targets = features, targets
+        self.indices = np.arange(len(targets)) if indices is None else indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
+        """One clip: (n_features, n_frames) float32 and () int64."""
+        features, targets = self.__getitems__([item])
+        return features[0], targets[0]
+
+    def __getitems__(self, items: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """A batch at once, as DataLoader asks for it: (B, n_features, n_frames) float32 and (B,) int64."""
+        chosen = self.indices[np.asarray(items)]
+        return torch.from_numpy(self.features[chosen]), torch.from_numpy(self.targets[chosen])
+
+
+# ---- network --------------------------------------------------------------------------------------------
+
+
+class EmotionCNNGRU(nn.Module):
+    """A bidirectional GRU over a convolutional network: (B, F, T) features -> (B, C) logits, any T >= 1.
+
+    The convolutions find local patterns and shorten the clip, the GRU (Chung et al. 2014, arXiv:1412.3555)
+    follows them through time. Read out are the last states of both directions: each has seen the whole clip.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        n_features: int,
+        n_classes: int,
+        *,
+        conv_channels: int,
+        conv_blocks: int,
+        gru_hidden: int,
+        gru_layers: int,
+        dropout: float,
+        conv_dropout: float,
+    ) -> None:
+        """Build the layers; sizes as in Config."""
+        super().__init__()
+        # Part of the network, so that nobody can forget to standardise. Filled in by build_model.
+        self.register_buffer("mean", torch.zeros(n_features, 1))
+        self.register_buffer("std", torch.ones(n_features, 1))
+        widths = [n_features, *(conv_channels * 2**block for block in range(conv_blocks))]
+        self.conv = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv1d(width_in, width_out, kernel_size=3, padding=1),
+                    nn.BatchNorm1d(width_out),
+                    nn.LeakyReLU(0.1),
+                    nn.MaxPool1d(
+                        2, ceil_mode=True
+                    ),  # ceil: the last frame counts too, and one frame stays one
+                    nn.Dropout(conv_dropout),
+                )
+                for width_in, width_out in pairwise(widths)
+            )
+        )
+        self.gru = nn.GRU(
+            widths[-1],
+            gru_hidden,
+            gru_layers,
+            batch_first=True,
+            bidirectional=True,
+            dropout=dropout if gru_layers > 1 else 0.0,
+        )
+        self.head = nn.Sequential(
+            nn.Dropout(dropout),
+            nn.Linear(2 * gru_hidden, gru_hidden),
+            nn.BatchNorm1d(gru_hidden),
+            nn.LeakyReLU(0.1),
+            nn.Dropout(dropout),
+            nn.Linear(gru_hidden, gru_hidden // 2),
+            nn.LeakyReLU(0.1),
+            nn.Dropout(dropout),
+            nn.Linear(gru_hidden // 2, n_classes),
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Raw features (B, F, T), as prepare.extract_features gives them -> logits (B, C)."""
+        x = (features - self.mean) / self.std
+        x = self.conv(x)  # (B, conv_channels * 2 ** (conv_blocks - 1), T / 2 ** conv_blocks)
+        _, last = self.gru(
+            x.transpose(1, 2)
+        )  # (2 * gru_layers, B, gru_hidden): the state after the last step
+        # Its final two rows are the top layer: forward after frame T, backward after frame 1.
+        return self.head(torch.cat([last[-2], last[-1]], dim=1))  # type: ignore[no-any-return] # nn.Module is Any
+
+
+def build_model(
+    cfg: Config,
+    n_classes: int,
+    *,
+    mean: npt.NDArray[np.float32] | None = None,
+    std: npt.NDArray[np.float32] | None = None,
+) -> EmotionCNNGRU:
+    """Make the network that the config describes.
+
+    Args:
+        cfg: Gives the sizes.
+        n_classes: Logits per clip.
+        mean: (n_features,) of the training clips; None leaves the features as they are.
+        std: (n_features,) likewise, all positive.
+    """
+    model = EmotionCNNGRU(
+        cfg.n_features,
+        n_classes,
+        conv_channels=cfg.conv_channels,
+        conv_blocks=cfg.conv_blocks,
+        gru_hidden=cfg.gru_hidden,
+        gru_layers=cfg.gru_layers,
+        dropout=cfg.dropout,
+        conv_dropout=cfg.conv_dropout,
+    )
+    if mean is not None and std is not None:
+        model.mean.copy_(torch.from_numpy(mean)[:, None])
+        model.std.copy_(torch.from_numpy(std)[:, None])
+    return model
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of that name; `auto` is cuda where there is one, else cpu. mps is used only when asked for.
+
+    Raises:
+        UserError: The machine has no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    n_cuda = torch.cuda.device_count()
+    missing = {
+        "cuda": (device.index or 0) >= n_cuda,
+        "mps": not torch.backends.mps.is_available(),
+        "cpu": False,
+    }
+    if missing[device.type]:
+        raise UserError(f"device = {name!r}: not on this machine, which has cpu and {n_cuda} cuda device(s)")
+    return device
+
+
+# ---- checkpoint -----------------------------------------------------------------------------------------
+
+VERSION = 1  # of the file's layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A trained model and everything needed to use it, judge it or train it further."""
+
+    config: Config
+    labels: tuple[str, ...]  # class names in the order of the logits
+    weights: dict[str, Tensor]  # state of EmotionCNNGRU, feature statistics (mean, std) included
+    epoch: int  # finished epochs when it was made
+    scores: dict[str, float]  # of this epoch: val_accuracy and others
+    n_clips: dict[str, int]  # training clips per class
+    files: str  # hash of the names of all clips and of their split
+    versions: dict[str, str]  # of Python and the libraries
+    training: dict[str, Any] = field(default_factory=dict)  # state of the run, for --resume only
+
+
+@contextlib.contextmanager
+def replace_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file for writing that takes the place of `path` when all is written: old or new, never half.
+
+    Raises:
+        OSError: It cannot be written; the old file is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(
+        f"{glob.escape(path.name)}.*.tmp"
+    ):  # of a run that was killed while writing
+        with contextlib.suppress(OSError):
+            if time.time() - stale.stat().st_mtime > 60:  # no write takes a minute
+                stale.unlink()
+    half = path.with_name(
+        f"{path.name}.{os.getpid()}.tmp"
+    )  # same folder: elsewhere, replacing is no single step
+    try:
+        with half.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        half.replace(path)
+    finally:
+        half.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint in one step; it holds plain types and tensors only.
+
+    Raises:
+        OSError: It cannot be written; the old file is as it was.
+    """
+    content = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
+    content |= {"version": VERSION, "config": checkpoint.config.to_dict(), "labels": list(checkpoint.labels)}
+    try:
+        with replace_file(path) as file:
+            torch.save(content, file)
+    except RuntimeError as error:  # torch hides the system's reason
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint; nothing in the file is executed, and its checksums are verified.
+
+    Raises:
+        UserError: There is no such file, or it is damaged or not one of ours.
+    """
+    if not path.is_file():
+        raise UserError(
+            f"no checkpoint {path}: train one with `python train.py`, or name one with --checkpoint"
+        )
+    try:
+        return _read_checkpoint(path)
+    except (zipfile.BadZipFile, ValueError, UserError, OSError) as error:
+        reason = str(error)
+    except Exception as error:  # whatever a broken or hostile file provokes
+        reason = type(error).__name__  # not its text: torch's advises to load the file unsafely
+    raise UserError(f"checkpoint {path} cannot be used ({reason}): train a new one with `python train.py`")
+
+
+def _read_checkpoint(path: Path) -> Checkpoint:
+    with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not look at them
+        if broken := archive.testzip():
+            raise ValueError(f"{broken} has changed")
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or content.get("version") != VERSION:
+        raise ValueError(f"not a checkpoint of layout {VERSION}")
+    del content["version"]
+    config, labels, weights = (
+        Config.from_dict(content.pop("config")),
+        content.pop("labels"),
+        content["weights"],
+    )
+    if not (labels and all(isinstance(label, str) for label in labels) and len(set(labels)) == len(labels)):
+        raise ValueError("no class names")
+    if not all(isinstance(value, Tensor) and bool(value.isfinite().all()) for value in weights.values()):
+        raise ValueError("weights are not finite")
+    return Checkpoint(config=config, labels=tuple(labels), **content)
+
+
+def restore_model(checkpoint: Checkpoint, device: torch.device) -> EmotionCNNGRU:
+    """Rebuild the trained network, ready for prediction.
+
+    Raises:
+        UserError: The weights do not fit the architecture in its config.
+    """
+    model = build_model(checkpoint.config, len(checkpoint.labels))
+    try:
+        model.load_state_dict(checkpoint.weights)
+    except RuntimeError as error:
+        first = str(error).partition("\n")[2].strip().partition("\n")[0]
+        raise UserError(f"checkpoint: weights do not fit the network: {first}") from None
+    return model.to(device).eval()

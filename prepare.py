@@ -1,0 +1,941 @@
+"""From what: finds the clips, standardises them and extracts their features into a cache.
+
+    python prepare.py
+
+fills the cache and prints clips and seconds per class, and what was skipped and why.
+"""
+
+from config import Config, UserError, command, parse_config, say
+
+if __name__ == "__main__":
+    parse_config(
+        description=__doc__
+    )  # answers --help and refuses a bad flag before torch takes seconds to load
+
+import contextlib
+import functools
+import hashlib
+import inspect
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import stat
+import sys
+import tempfile
+import threading
+import uuid
+import zlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple, TypeAlias
+
+import filelock
+import numpy as np
+import numpy.typing as npt
+import soundfile
+import soxr
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+IntArray: TypeAlias = npt.NDArray[np.int64]
+
+# ---- finding clips --------------------------------------------------------------------------------------
+
+AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf"})
+FOREIGN_SUFFIXES = frozenset(
+    {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".3gp"}
+)  # libsndfile has no decoder
+
+
+class Clip(NamedTuple):
+    """One labelled audio file."""
+
+    path: Path
+    label: int  # index into the sorted class names
+
+
+class AudioError(Exception):
+    """A file that cannot be used as audio, and the reason."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        """Keep both, also across processes."""
+        super().__init__(path, reason)
+        self.path, self.reason = path, reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+
+def find_audio(folder: Path) -> list[Path]:
+    """List the audio files at any depth below a folder, sorted, without hidden files and linked folders.
+
+    Files in formats that cannot be decoded are listed too, so that they are reported and not overlooked.
+    """
+    found: list[Path] = []
+    for parent, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        found += [Path(parent, name) for name in files if not name.startswith(".")]
+    return sorted(
+        (p for p in found if p.suffix.lower() in AUDIO_SUFFIXES | FOREIGN_SUFFIXES), key=Path.as_posix
+    )
+
+
+def find_labels(data_dir: Path, *, skip: Path | None = None) -> tuple[str, ...]:
+    """Class names: the folders of data_dir, spelled as on disk, sorted; this order numbers the classes.
+
+    Args:
+        data_dir: The folder of the class folders. Test, hidden and junk folders in it are no classes.
+        skip: One more folder that is no class: the test folder, where it has another name.
+
+    Raises:
+        UserError: There is no such folder, or it holds no class folder.
+    """
+    if not data_dir.is_dir():
+        raise UserError(
+            f"no data folder {data_dir}: give one with a folder of clips per emotion, or try --demo"
+        )
+    folders = [p for p in data_dir.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX"))]
+    labels = sorted(p.name for p in folders if p.name != "Test" and p.resolve() != (skip and skip.resolve()))
+    if not labels:
+        raise UserError(f"no class folders in {data_dir}: expected one folder of clips per emotion")
+    return tuple(labels)
+
+
+def list_clips(data_dir: Path, labels: Sequence[str]) -> list[Clip]:
+    """All clips of the class folders, sorted by class and path."""
+    return [Clip(path, label) for label, name in enumerate(labels) for path in find_audio(data_dir / name)]
+
+
+class Source(NamedTuple):
+    """Where a clip comes from, as its file name tells."""
+
+    corpus: str
+    speaker: str
+
+
+_NAMING = {  # corpus -> file-name convention; the group is the speaker
+    "CREMA-D": r"(1\d{3})_[A-Z]{3}_(?:ANG|DIS|FEA|HAP|NEU|SAD)_(?:LO|MD|HI|XX?)",
+    "RAVDESS speech": r"03-01-\d\d-\d\d-\d\d-\d\d-(\d\d)",
+    "RAVDESS song": r"03-02-\d\d-\d\d-\d\d-\d\d-(\d\d)",
+    "SAVEE": r"(DC|JE|JK|KL)_(?:a|d|f|h|n|sa|su)\d+",
+    "TESS": r"(OA|YA)F?_[a-z]+_(?:angry|disgust|fear|happy|neutral|ps|sad)",
+    "synthetic": r"spk(\d+)_take\d+",
+}
+
+
+def source_of(path: Path) -> Source:
+    """Corpus and speaker by the naming conventions of the common corpora; ("other", "") where none fits.
+
+    The actors of RAVDESS both speak and sing: they have one name in both parts.
+    """
+    for corpus, convention in _NAMING.items():
+        if match := re.fullmatch(convention, path.stem):
+            return Source(corpus, f"{corpus.split()[0]} {match[1]}")
+    return Source("other", "")
+
+
+# ---- audio ----------------------------------------------------------------------------------------------
+
+
+def load_audio(path: Path, *, sample_rate: int, n_samples: int) -> FloatArray:
+    """Read the start of an audio file as mono float32 at the given rate.
+
+    Channels are averaged, then resampled with soxr's HQ recipe, as librosa.load does. No more of the file is
+    read than the result needs, whatever its header claims.
+
+    Args:
+        path: A regular file in a format of libsndfile.
+        sample_rate: Wanted rate in Hz.
+        n_samples: Most samples to return.
+
+    Returns:
+        (n,) float32 in about [-1, 1], 0 < n <= n_samples.
+
+    Raises:
+        AudioError: The file is missing, no regular file, no audio, empty, or not finite.
+    """
+    if path.suffix.lower() in FOREIGN_SUFFIXES:
+        raise AudioError(path, f"{path.suffix} cannot be decoded: convert it to wav")
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
+            raise AudioError(path, "not a regular file")
+        with soundfile.SoundFile(path) as file:
+            rate, channels = file.samplerate, file.channels
+            if not 1000 <= rate <= 768_000 or channels > 16:
+                raise AudioError(
+                    path, f"{rate} Hz and {channels} channels: more or less than any recording has"
+                )
+            margin = 1024  # the resampler looks ahead; enough for any ratio
+            wanted = math.ceil((n_samples + margin) * rate / sample_rate)
+            wave: FloatArray = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
+    except OSError as error:
+        raise AudioError(path, error.strerror or str(error)) from None
+    except soundfile.SoundFileError as error:
+        raise AudioError(path, str(error).rpartition(": ")[2] or "not audio") from None
+    if not np.isfinite(wave).all():
+        raise AudioError(path, "holds NaN or infinite samples")
+    if rate != sample_rate:
+        wave = soxr.resample(wave, rate, sample_rate, quality="HQ")
+    if wave.size == 0:
+        raise AudioError(path, "holds no samples")
+    return wave[:n_samples]
+
+
+def fix_length(wave: FloatArray, n_samples: int) -> FloatArray:
+    """Cut a wave (n,) to n_samples, or zero-pad it at the end."""
+    return np.pad(wave[:n_samples], (0, max(0, n_samples - wave.size)))
+
+
+# ---- features -------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def mel_filters(sample_rate: int, n_fft: int, n_mels: int) -> Tensor:
+    """Triangular filters on Slaney's mel scale, each of unit area (Slaney 1998, Auditory Toolbox).
+
+    Linear below 1 kHz at 200/3 Hz per mel, logarithmic above: 27 mels for each factor of 6.4.
+
+    Returns:
+        (n_mels, n_fft // 2 + 1) float32: power spectrum -> mel spectrum.
+    """
+    top_hz = sample_rate / 2
+    per_mel, corner_hz, log_step = 200 / 3, 1000.0, math.log(6.4) / 27
+    corner = corner_hz / per_mel
+    top = corner + math.log(top_hz / corner_hz) / log_step if top_hz > corner_hz else top_hz / per_mel
+    mels = np.linspace(0, top, n_mels + 2)
+    edges = np.where(mels < corner, mels * per_mel, corner_hz * np.exp((mels - corner) * log_step))
+    bins = np.linspace(0, top_hz, n_fft // 2 + 1)
+    rising = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
+    falling = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
+    triangles = np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))[:, None]
+    return torch.from_numpy(triangles.astype(np.float32))
+
+
+@functools.cache
+def dct_matrix(n_mfcc: int, n_mels: int) -> Tensor:
+    """The first n_mfcc rows of the orthonormal type-2 DCT: (n_mfcc, n_mels) float32."""
+    angles = np.pi / n_mels * np.outer(np.arange(n_mfcc), np.arange(n_mels) + 0.5)
+    rows = math.sqrt(2 / n_mels) * np.cos(angles)
+    rows[0] /= math.sqrt(2)
+    return torch.from_numpy(rows.astype(np.float32))
+
+
+@functools.cache
+def delta_matrix(n_frames: int, order: int) -> Tensor:
+    """The derivative along time as a matrix: features (..., T) @ matrix (T, T) -> derivative (..., T).
+
+    A polynomial of degree `order` is fitted to the nine frames around each frame - at either end to the
+    outermost nine - and derived `order` times (Savitzky & Golay 1964, Analytical Chemistry 36:1627).
+    """
+    width = 9
+    fit = np.linalg.pinv(np.vander(np.arange(width) - width // 2, order + 1, increasing=True))
+    weights = (
+        math.factorial(order) * fit[order]
+    )  # of the nine frames; a degree-n polynomial has one n-th derivative
+    matrix = np.zeros((n_frames, n_frames))
+    for frame in range(n_frames):
+        start = min(max(frame - width // 2, 0), n_frames - width)
+        matrix[start : start + width, frame] = weights
+    return torch.from_numpy(matrix.astype(np.float32))
+
+
+def extract_features(waves: Tensor, cfg: Config) -> Tensor:
+    """MFCC, delta and delta-delta, numerically those of librosa.feature.
+
+    Power spectrum of centred, zero-padded Hann windows -> mel -> decibels, at most 80 below the loudest value
+    of the clip -> orthonormal DCT; delta-delta is a second derivative, not the delta of the delta.
+
+    Args:
+        waves: (B, n) float32 in about [-1, 1], n >= 8 * hop_length; any device.
+        cfg: Gives n_fft, hop_length, n_mels, n_mfcc and sample_rate.
+
+    Returns:
+        (B, 3 * n_mfcc, 1 + n // hop_length) float32 on the same device.
+    """
+    window = torch.hann_window(cfg.n_fft, device=waves.device)
+    spectrum = torch.stft(
+        waves, cfg.n_fft, cfg.hop_length, window=window, center=True, pad_mode="constant", return_complex=True
+    )  # (B, n_fft // 2 + 1, T)
+    power = spectrum.real.square() + spectrum.imag.square()
+    mel = mel_filters(cfg.sample_rate, cfg.n_fft, cfg.n_mels).to(waves.device) @ power  # (B, n_mels, T)
+    decibels = 10 * mel.clamp(min=1e-10).log10()
+    decibels = decibels.maximum(decibels.amax(dim=(1, 2), keepdim=True) - 80)
+    mfcc = dct_matrix(cfg.n_mfcc, cfg.n_mels).to(waves.device) @ decibels  # (B, n_mfcc, T)
+    deltas = [mfcc @ delta_matrix(mfcc.shape[-1], order).to(waves.device) for order in (1, 2)]
+    return torch.cat([mfcc, *deltas], dim=1)
+
+
+# ---- many files, all cores ------------------------------------------------------------------------------
+
+
+class ClipFeatures(NamedTuple):
+    """What one audio file became."""
+
+    path: Path
+    features: FloatArray  # (n_features, n_frames)
+    seconds: float  # of audio in it, at most cfg.duration
+    digest: str  # equal for clips that sound the same to the network
+
+
+CHUNK = 32  # files per task of a worker: long enough to hide the task's own cost
+START_METHOD = (
+    "fork" if sys.platform == "linux" else "spawn"
+)  # fork is safe for our workers and starts at once
+
+
+def extract_file(path: Path, cfg: Config) -> ClipFeatures:
+    """Read and standardise one file and extract its features.
+
+    Raises:
+        AudioError: The file cannot be used.
+    """
+    wave = load_audio(path, sample_rate=cfg.sample_rate, n_samples=cfg.n_samples)
+    # One clip at a time: it fits the processor's cache, and its features cannot depend on its neighbours.
+    features = extract_features(torch.from_numpy(fix_length(wave, cfg.n_samples))[None], cfg)[0].numpy()
+    if not np.isfinite(features).all():
+        raise AudioError(path, f"samples as large as {np.abs(wave).max():.0e}: features are not finite")
+    digest = hashlib.blake2b(features.tobytes(), digest_size=16).hexdigest()
+    return ClipFeatures(path, features, wave.size / cfg.sample_rate, digest)
+
+
+def iter_features(paths: Sequence[Path], cfg: Config) -> Generator[ClipFeatures | AudioError, None, None]:
+    """Yield the features of every file, or why there are none, in order; memory does not grow with the files.
+
+    A file whose decoder crashes costs itself only: its worker dies, and its chunk is tried again in parts.
+    """
+    n_workers = min(n_processes(cfg), len(paths) // CHUNK)
+    chunks = deque(paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK))
+    if n_workers < 2:  # not worth the start of a process
+        for chunk in chunks:
+            yield from _extract_chunk(chunk, cfg)
+        return
+    pool = _make_pool(n_workers)
+    pending: deque[tuple[Sequence[Path], Future[list[ClipFeatures | AudioError]]]] = deque()
+    try:
+        while chunks or pending:
+            while chunks and len(pending) < 2 * n_workers:
+                pending.append((chunks[0], pool.submit(_extract_chunk, chunks[0], cfg)))
+                chunks.popleft()
+            chunk, future = pending.popleft()
+            try:
+                results = future.result()
+            except BrokenProcessPool:  # breaks all that is pending, too
+                results = _extract_isolated(chunk, cfg)
+                chunks.extendleft(waiting for waiting, _ in reversed(pending))
+                pending.clear()
+                pool = _make_pool(n_workers)
+            yield from results
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def n_processes(cfg: Config) -> int:
+    """Worker processes to use: cfg.num_workers, or one per core this process may run on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores if cfg.num_workers < 0 else cfg.num_workers
+
+
+def _extract_chunk(paths: Sequence[Path], cfg: Config) -> list[ClipFeatures | AudioError]:
+    results: list[ClipFeatures | AudioError] = []
+    for path in paths:
+        try:
+            results.append(extract_file(path, cfg))
+        except AudioError as error:
+            results.append(error)
+    return results
+
+
+def _extract_isolated(paths: Sequence[Path], cfg: Config) -> list[ClipFeatures | AudioError]:
+    """Extract in a process of its own, and halve the list until the file that crashes it stands alone."""
+    try:
+        with _make_pool(1) as pool:
+            return pool.submit(_extract_chunk, paths, cfg).result()
+    except BrokenProcessPool:
+        if len(paths) == 1:
+            return [AudioError(paths[0], "crashed the audio decoder")]
+    middle = len(paths) // 2
+    return _extract_isolated(paths[:middle], cfg) + _extract_isolated(paths[middle:], cfg)
+
+
+def _make_pool(n_workers: int) -> ProcessPoolExecutor:
+    context = multiprocessing.get_context(START_METHOD)
+    return ProcessPoolExecutor(n_workers, mp_context=context, initializer=_start_worker)
+
+
+def _start_worker() -> None:
+    """Leave signals to the parent, use one core, and end with the parent, however it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(process: multiprocessing.process.BaseProcess) -> None:
+    process.join()
+    os._exit(1)
+
+
+# ---- cache ----------------------------------------------------------------------------------------------
+#
+# cache_dir/<key>/<shard>.f32   features of up to SHARD_CLIPS clips, raw float32
+# cache_dir/<key>/<shard>.json  its table: which file, in which state, is in which row; written last, so
+#                               that a shard without a table never happened. Neither is written again
+#
+# The key stands for everything that shapes a feature except the file. A file's state is path, size and time
+# of modification: a file that changed is simply not found, and is extracted into a new shard.
+
+SHARD_CLIPS = 4096
+FileState: TypeAlias = tuple[str, int, int]  # absolute path, bytes, nanoseconds
+
+
+class CacheRow(NamedTuple):
+    """Where the features of a file are."""
+
+    shard: Path
+    row: int
+    seconds: float
+    digest: str
+
+
+class FeatureArray:
+    """Features of N clips, memory-mapped: an array (N, n_features, n_frames) that may exceed the memory."""
+
+    def __init__(self, rows: Sequence[CacheRow], shape: tuple[int, int]) -> None:
+        """Map the shards that the rows are in."""
+        names = sorted({row.shard for row in rows})
+        self.shape = (len(rows), *shape)
+        self._shards = [np.memmap(name, np.float32, mode="r").reshape(-1, *shape) for name in names]
+        numbers = {name: number for number, name in enumerate(names)}
+        self._where = np.array([(numbers[row.shard], row.row) for row in rows], np.int64).reshape(-1, 2)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, indices: IntArray) -> FloatArray:
+        """Copy the features of the given clips, (B,) int64, into memory: (B, n_features, n_frames)."""
+        where = self._where[indices]
+        out = np.empty((len(where), *self.shape[1:]), np.float32)
+        for shard in np.unique(where[:, 0]):
+            chosen = where[:, 0] == shard
+            out[chosen] = self._shards[shard][where[chosen, 1]]
+        return out
+
+
+def cache_key(cfg: Config) -> str:
+    """Name the settings, the code and the libraries that shape the features, in 16 hex digits."""
+    code: list[Callable[..., object]] = [
+        load_audio,
+        fix_length,
+        mel_filters,
+        dct_matrix,
+        delta_matrix,
+        extract_features,
+        extract_file,
+    ]
+    parts = [cfg.sample_rate, cfg.n_samples, cfg.n_fft, cfg.hop_length, cfg.n_mels, cfg.n_mfcc]
+    libraries = [np.__version__, torch.__version__, soxr.__version__, soundfile.__libsndfile_version__]
+    text = repr((parts, libraries, [inspect.getsource(function) for function in code]))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class Prepared(NamedTuple):
+    """The readable ones of the files asked for, in the same order."""
+
+    indices: IntArray  # (N,) into the paths asked for
+    features: FeatureArray  # (N, n_features, n_frames)
+    seconds: FloatArray  # (N,)
+    digests: list[str]  # N
+    failures: list[AudioError]
+
+
+def load_features(paths: Sequence[Path], cfg: Config) -> Prepared:
+    """Features of the files, from the cache where it has them; what it lacks is extracted and added.
+
+    Raises:
+        OSError: The cache cannot be written.
+        UserError: No file can be read.
+    """
+    folder = Path(cfg.cache_dir, cache_key(cfg))
+    failures: list[AudioError] = []
+    states: dict[int, FileState] = {}
+    for index, path in enumerate(paths):
+        try:
+            states[index] = _file_state(path)
+        except OSError as error:
+            failures.append(AudioError(path, error.strerror or str(error)))
+    rows, _ = _read_tables(folder, cfg)
+    if not rows.keys() >= set(states.values()):
+        rows, unreadable = _fill_cache(folder, {states[index]: paths[index] for index in states}, cfg)
+        failures += unreadable
+    indices = np.array([index for index, state in states.items() if state in rows], np.int64)
+    if not indices.size:
+        raise UserError(f"none of {len(paths)} audio files can be read: {'; '.join(map(str, failures[:3]))}")
+    found = [rows[states[index]] for index in indices]
+    features = FeatureArray(found, (cfg.n_features, cfg.n_frames))
+    seconds = np.array([row.seconds for row in found], np.float32)
+    return Prepared(indices, features, seconds, [row.digest for row in found], sorted(failures, key=str))
+
+
+def _file_state(path: Path) -> FileState:
+    status = path.stat()
+    return str(path.absolute()), status.st_size, status.st_mtime_ns
+
+
+def _read_tables(folder: Path, cfg: Config) -> tuple[dict[FileState, CacheRow], list[tuple[Path, str]]]:
+    """What the cache holds, and the tables that cannot be used with the reason."""
+    rows: dict[FileState, CacheRow] = {}
+    damaged: list[tuple[Path, str]] = []
+    for table in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(table.read_text(encoding="utf-8"))
+            shard = _check_shard(table.with_suffix(".f32"), content, cfg)
+            for row, (path, size, mtime_ns, seconds, digest) in enumerate(content["clips"]):
+                rows[path, size, mtime_ns] = CacheRow(shard, row, seconds, digest)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            damaged.append((table, str(error)))
+    return rows, damaged
+
+
+def _check_shard(shard: Path, content: Mapping[str, Any], cfg: Config) -> Path:
+    """Raise ValueError unless the shard is as it was written; its bytes are read only if it was touched."""
+    status = shard.stat()
+    if status.st_size != 4 * len(content["clips"]) * cfg.n_features * cfg.n_frames:
+        raise ValueError(f"{shard.name} has {status.st_size} bytes")
+    if status.st_mtime_ns != content["mtime_ns"] and _checksum(shard) != content["crc32"]:
+        raise ValueError(f"{shard.name} was changed")
+    return shard
+
+
+def _checksum(path: Path) -> int:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _fill_cache(
+    folder: Path, wanted: Mapping[FileState, Path], cfg: Config
+) -> tuple[dict[FileState, CacheRow], list[AudioError]]:
+    """Extract what the cache lacks, shard by shard; a shard once written stays, whatever comes after."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / "lock")  # of the operating system: it goes with its process
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        say(f"note: another run is filling {folder}: waiting for it")
+        lock.acquire()
+    failures: list[AudioError] = []
+    try:
+        rows = _clean_cache(folder, cfg)
+        missing = [state for state in wanted if state not in rows]
+        with contextlib.closing(iter_features([wanted[state] for state in missing], cfg)) as results:
+            pairs = zip(missing, results, strict=True)
+            with tqdm(pairs, "features", len(missing), unit="clip", disable=None) as progress:
+                for _ in range(0, len(missing), SHARD_CLIPS):
+                    failures += _write_shard(folder, islice(progress, SHARD_CLIPS), rows)
+    finally:
+        lock.release()
+    return rows, failures
+
+
+def _clean_cache(folder: Path, cfg: Config) -> dict[FileState, CacheRow]:
+    """Read the tables, and remove what is damaged, half written, or of files that are gone or changed."""
+    rows, damaged = _read_tables(folder, cfg)
+    for table, reason in damaged:
+        say(f"note: cache {table} is damaged ({reason}): its clips are extracted again")
+    live = {row.shard for state, row in rows.items() if _is_current(state)}
+    for path in folder.iterdir():
+        if path.name != "lock" and path.with_suffix(".f32") not in live:
+            with contextlib.suppress(OSError):  # Windows keeps a file that another run has mapped
+                path.unlink()
+    return {state: row for state, row in rows.items() if row.shard in live}
+
+
+def _is_current(state: FileState) -> bool:
+    try:
+        return _file_state(Path(state[0])) == state
+    except OSError:
+        return False
+
+
+def _write_shard(
+    folder: Path,
+    results: Iterable[tuple[FileState, ClipFeatures | AudioError]],
+    rows: dict[FileState, CacheRow],
+) -> list[AudioError]:
+    """Write one shard, its table after it; add its rows to `rows` and return what could not be read."""
+    shard = folder / f"{uuid.uuid4().hex}.f32"
+    clips: list[tuple[str, int, int, float, str]] = []
+    failures: list[AudioError] = []
+    crc = 0
+    with shard.open("wb") as file:
+        for state, result in results:
+            if isinstance(result, AudioError):
+                failures.append(result)
+                continue
+            content = result.features.tobytes()
+            file.write(content)
+            crc = zlib.crc32(content, crc)
+            rows[state] = CacheRow(shard, len(clips), result.seconds, result.digest)
+            clips.append((*state, result.seconds, result.digest))
+        file.flush()
+        os.fsync(file.fileno())
+    if not clips:
+        shard.unlink()
+        return failures
+    table = {"mtime_ns": shard.stat().st_mtime_ns, "crc32": crc, "clips": clips}
+    half = shard.with_suffix(".tmp")
+    half.write_text(json.dumps(table), encoding="utf-8")
+    half.replace(shard.with_suffix(".json"))
+    return failures
+
+
+# ---- the corpus, and its split --------------------------------------------------------------------------
+
+MAX_UNREADABLE = 0.1  # of the files: with more, something is wrong with the data as a whole
+
+
+class Corpus(NamedTuple):
+    """All readable labelled clips."""
+
+    labels: tuple[str, ...]
+    clips: list[Clip]
+    prepared: Prepared
+
+    @property
+    def targets(self) -> IntArray:
+        """Class numbers of the clips, (N,)."""
+        return np.array([clip.label for clip in self.clips], np.int64)
+
+
+def load_corpus(cfg: Config) -> Corpus:
+    """Find and prepare all labelled clips, and report on stderr what is odd about them.
+
+    Raises:
+        UserError: There are no clips, or too many cannot be read.
+    """
+    if cfg.demo:
+        say(f"note: synthetic demo corpus, not real speech, in {cfg.data_root}")
+        make_demo(cfg.data_root)
+    labels = find_labels(cfg.data_root, skip=cfg.test_root)
+    clips = list_clips(cfg.data_root, labels)
+    if not clips:
+        raise UserError(
+            f"no audio files below {cfg.data_root}: looked for {' '.join(sorted(AUDIO_SUFFIXES))}"
+        )
+    for path in sorted(cfg.data_root.glob("*")):
+        if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file():
+            say(f"note: {path} is in no class folder: left out")
+    prepared = load_features([clip.path for clip in clips], cfg)
+    report_failures(prepared.failures)
+    if len(prepared.failures) > MAX_UNREADABLE * len(clips):
+        raise UserError(
+            f"{len(prepared.failures)} of {len(clips)} audio files cannot be read, more than one in ten: "
+            "mend or remove them",
+            code=1,
+        )
+    clips = [clips[index] for index in prepared.indices]
+    used = sorted({clip.label for clip in clips})
+    for label in sorted(set(range(len(labels))) - set(used)):
+        say(f"note: class folder {cfg.data_root / labels[label]} has no usable clip: left out")
+    clips = [Clip(clip.path, used.index(clip.label)) for clip in clips]
+    _report_duplicates(clips, prepared.digests)
+    return Corpus(tuple(labels[label] for label in used), clips, prepared)
+
+
+def report_failures(failures: Sequence[AudioError]) -> None:
+    """Name the files that could not be used, the first twenty of many."""
+    for error in failures[:20]:
+        say(f"skipped {error}")
+    if failures:
+        more = f", {len(failures) - 20} of them not shown" if len(failures) > 20 else ""
+        say(f"skipped {len(failures)} unreadable file(s){more}")
+
+
+def _report_duplicates(clips: Sequence[Clip], digests: Sequence[str]) -> None:
+    same: dict[str, list[Clip]] = {}
+    for clip, digest in zip(clips, digests, strict=True):
+        same.setdefault(digest, []).append(clip)
+    groups = [group for group in same.values() if len(group) > 1]
+    for group in groups[:5]:
+        contradiction = " under different labels" if len({clip.label for clip in group}) > 1 else ""
+        say(f"note: same audio{contradiction}: {', '.join(str(clip.path) for clip in group)}")
+    if groups:
+        say(f"note: {len(groups)} group(s) of clips with the same audio; each stays on one side of the split")
+
+
+class Split(NamedTuple):
+    """Ascending indices of the clips of each part; the parts share no clip and no audio."""
+
+    train: IntArray  # all that is fitted is fitted to these
+    val: IntArray  # select the checkpoint and steer the training
+    holdout: IntArray  # scored once, at the end; may be empty
+
+
+def split_clips(
+    targets: IntArray, groups: Sequence[str], *, val_fraction: float, holdout_fraction: float, seed: int
+) -> Split:
+    """Split at random, in every class alike, never through a group.
+
+    Args:
+        targets: (N,) class of each clip.
+        groups: N names; clips of one name (the same audio) stay together.
+        val_fraction: Share of each class for validation.
+        holdout_fraction: Share of each class held out until the end.
+        seed: Equal seeds and clips give equal splits.
+
+    Raises:
+        UserError: The validation part cannot represent the classes.
+    """
+    rng = np.random.default_rng(seed)
+    names, group_of = np.unique(np.array(groups), return_inverse=True)
+    part_of_group = np.full(len(names), -1)
+    for label in np.unique(targets):
+        members = np.flatnonzero(targets == label)
+        quota = {1: round(val_fraction * len(members)), 2: round(holdout_fraction * len(members))}
+        for group in rng.permutation(np.unique(group_of[members])):
+            if part_of_group[group] >= 0:  # taken by another class: the same audio under two labels
+                continue
+            size = int((group_of[members] == group).sum())
+            part = next((part for part in quota if size <= quota[part]), 0)
+            part_of_group[group] = part
+            if part:
+                quota[part] -= size
+    part_of_clip = part_of_group[group_of]
+    split = Split(*(np.flatnonzero(part_of_clip == part) for part in range(3)))
+    n_classes = len(np.unique(targets))
+    if len(split.val) < n_classes:
+        raise UserError(
+            f"val_fraction = {val_fraction}: leaves {len(split.val)} of {len(targets)} clips for validation, "
+            f"fewer than the {n_classes} classes: raise it or add clips"
+        )
+    return split
+
+
+def feature_stats(features: FeatureArray, indices: IntArray) -> tuple[FloatArray, FloatArray]:
+    """Mean and standard deviation of each feature row over the frames of the given clips: (n_features,) each.
+
+    A row that never varies gets deviation 1, so that dividing by it is harmless.
+    """
+    total = np.zeros(features.shape[1])
+    squares = np.zeros(features.shape[1])
+    for start in range(0, len(indices), 256):
+        block = features[indices[start : start + 256]].astype(np.float64)
+        total += block.sum(axis=(0, 2))
+        squares += np.square(block).sum(axis=(0, 2))
+    count = len(indices) * features.shape[2]
+    mean = total / count
+    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
+    return mean.astype(np.float32), np.where(std < 1e-6, 1, std).astype(np.float32)
+
+
+# ---- demo corpus ----------------------------------------------------------------------------------------
+#
+# Synthetic speech-like clips to try the pipeline with: a glottal pulse train and breath (the source) through
+# moving formants (the filter), in several voices. What a model learns from it says nothing about real speech.
+
+
+SignalArray: TypeAlias = npt.NDArray[np.float64]
+ResponseArray: TypeAlias = npt.NDArray[np.complex64]
+DEMO_RATE = 22050  # Hz
+HOP = 256  # samples between the frames that the formants move by
+
+
+# How each class is spoken, relative to the speaker. The directions are from the literature, the sizes are
+# ours, tuned until the classes overlap. Angry, Fearful, Happy, Sad: Juslin & Laukka 2003, Psychological
+# Bulletin 129:770 (anger fast, loud, bright, pitch high and variable; fear fast, soft, high, little
+# variability; happiness fast, variable, rising; sadness slow, soft, dull, low, falling). Disgusted: Murray &
+# Arnott 1993, J. Acoust. Soc. Am. 93:1097 (very slow, low, falling, grumbled). Surprised (high, wide,
+# rising), and every breath and jitter but the grumble: our guesses.
+#   pitch      mean, semitones                      rate    log2 of the tempo ratio
+#   span       spread of the accents, semitones     tilt    dB per octave above 300 Hz, added to the pulse's
+#   contour    gained from start to end, semitones  breath  aspiration noise relative to the pulses, dB
+#   energy     dB                                   jitter  % of variation between cycles; shimmer is triple
+EMOTIONS = {  # pitch, span, contour, energy, rate, tilt, breath, jitter
+    "Angry": [2.5, 3.0, -1.5, 4.2, 0.20, 1.6, -27, 2.0],
+    "Disgusted": [-2.2, 2.2, -4.0, -1.0, -0.30, -0.3, -23, 2.7],
+    "Fearful": [4.5, 1.3, 0.0, -3.0, 0.35, -0.5, -19, 2.2],
+    "Happy": [4.0, 3.2, 3.0, 3.0, 0.25, 1.0, -28, 0.7],
+    "Neutral": [0.0, 1.6, -2.0, 0.0, 0.0, 0.2, -29, 0.8],
+    "Sad": [-1.5, 1.1, -3.0, -5.0, -0.28, -2.0, -21, 1.0],
+    "Surprised": [5.5, 3.8, 6.0, 1.0, -0.10, 0.5, -23, 0.9],
+}
+SPREAD = np.array([1.4, 0.65, 1.6, 2.1, 0.14, 1.0, 2.6, 0.5])  # of one clip around its class mean
+
+# Hz. Men's mean F1, F2, F3 in heed hid head had hod hawed hood who'd hud heard: Peterson & Barney 1952.
+# (J. Acoust. Soc. Am. 24:175)
+F1 = [270, 390, 530, 660, 730, 570, 440, 300, 640, 490]
+F2 = [2290, 1990, 1840, 1720, 1090, 840, 1020, 870, 1190, 1350]
+F3 = [3010, 2550, 2480, 2410, 2440, 2410, 2240, 2240, 2390, 1690]
+VOWELS = np.array([F1, F2, F3])
+LOCI = np.array([[250, 250, 250], [900, 1750, 2100], [2300, 2650, 2400]])  # lips, tongue tip, tongue back
+
+
+class Voice(NamedTuple):
+    """A speaker."""
+
+    pitch: float  # Hz
+    tract: float  # formants relative to the men's averages: a shorter tract has higher ones
+    habits: SignalArray  # (8,) offsets that the speaker adds to every class's row
+
+
+def make_voice(rng: np.random.Generator) -> Voice:
+    """Draw a speaker of 90 to 230 Hz; higher voices tend to have shorter vocal tracts."""
+    pitch = 90 * (230 / 90) ** rng.random()
+    tract = (pitch / 115) ** 0.22 * rng.normal(1, 0.03)
+    return Voice(pitch, tract, 0.5 * SPREAD * rng.normal(size=SPREAD.size))
+
+
+def draw_syllables(rate: float, rng: np.random.Generator) -> tuple[SignalArray, float]:
+    """Lay out 6 to 10 syllables of five knots each, at `rate` times the usual tempo.
+
+    Returns rows (7, knots): time (s), levels of voice and hiss, accent, F1, F2, F3 (Hz); and the length (s).
+    """
+    n = int(rng.integers(6, 11))
+    lengths = rng.uniform(0.14, 0.28, n)
+    gaps = np.where(rng.random(n + 1) < 0.15, rng.uniform(0.08, 0.25, n + 1), 0)
+    gaps[[0, -1]] = rng.uniform(0.08, 0.2, 2)  # room noise before and after
+    total = float(lengths.sum() + gaps.sum())
+    scale = min(max(total / rate, 1.2), 3.5) / total
+    starts = np.cumsum(gaps[:-1] + np.append(0, lengths[:-1]))
+    time = (starts[:, None] + lengths[:, None] * [0, 0.3, 0.45, 0.8, 0.99]) * scale
+    unvoiced, stress = rng.random((n, 1)) < 0.3, rng.uniform(0.6, 1, (n, 1))
+    level = stress * np.where(unvoiced, [0, 0, 1, 0.7, 0.15], [0.15, 0.6, 1, 0.7, 0.15])
+    level[gaps[:-1] > 0, 0] = level[gaps[1:] > 0, 4] = 0
+    noise = unvoiced * rng.uniform(0.1, 0.3, (n, 1)) * [0, 1, 0, 0, 0]
+    accent = rng.normal(size=(n, 1)) * [0.4, 0.9, 1.2, 1.0, 0.6]
+    vowel, locus = VOWELS[:, rng.integers(10, size=n)], LOCI[:, rng.integers(3, size=n)]
+    leaving = (vowel + np.roll(locus, -1, axis=1)) / 2  # on the way to the next consonant
+    formants = np.stack([locus, vowel, vowel, vowel, leaving], axis=2)
+    return np.stack([time, level, noise, accent, *formants]).reshape(7, -1), total * scale
+
+
+def glottal_source(f0: SignalArray, breath: float, jitter: float, rng: np.random.Generator) -> SignalArray:
+    """Turn a pitch contour (n,), in cycles per sample, into glottal flow derivative plus breath (n,)."""
+    cycle = np.cumsum(f0).astype(np.intp)
+    wobble = np.exp(rng.normal(0, jitter / 100, (2, cycle[-1] + 1)))  # one draw per cycle
+    phase = np.cumsum(f0 * wobble[0, cycle]) % 1
+    opening, closing = 0.5 - 0.5 * np.cos(np.pi * phase / 0.4), np.cos(np.pi / 2 * (phase - 0.4) / 0.16)
+    flow = np.where(phase < 0.4, opening, np.where(phase < 0.56, closing, 0))  # Rosenberg 1971
+    # A difference of the flow is its derivative averaged over a sample, which aliases less than its value.
+    pulses = np.diff(flow, prepend=0) * wobble[1, cycle] ** 3
+    noise = rng.normal(size=f0.size) * (0.3 + flow)  # the air rushes while the glottis is open
+    return np.asarray(pulses / pulses.std() + 10 ** (breath / 20) * noise / noise.std())
+
+
+def resonance(formant: SignalArray, sample_rate: int, delay: ResponseArray) -> ResponseArray:
+    """Give the response (m, bins), 1 at 0 Hz, of resonators at (m,) Hz; `delay` (bins,) is one sample's."""
+    radius = np.exp(-np.pi * (50 + 0.04 * formant) / sample_rate)  # the bandwidth grows with the frequency
+    a = (-2 * radius * np.cos(2 * np.pi * formant / sample_rate)).astype(np.float32)[:, None]
+    b = (radius**2).astype(np.float32)[:, None]
+    return (1 + a + b) / (1 + delay * (a + b * delay))
+
+
+def vocal_tract(
+    source: SignalArray, formants: SignalArray, fixed: SignalArray, tilt: float, sample_rate: int
+) -> SignalArray:
+    """Filter (n,) by resonators, moving (3, frames) and fixed (m,), in Hz; a frame is centred every HOP."""
+    count = formants.shape[1]
+    padded = np.pad(source, (HOP, 3 * HOP))
+    frames = np.lib.stride_tricks.sliding_window_view(padded, 2 * HOP)[::HOP][:count]
+    frames = (frames * np.hanning(2 * HOP + 1)[:-1]).astype(np.float32)
+    hertz = np.fft.rfftfreq(4 * HOP, 1 / sample_rate)  # twice the window, for the formants to ring out
+    delay = np.exp(-2j * np.pi * hertz / sample_rate).astype(np.complex64)
+    gain = resonance(fixed, sample_rate, delay).prod(axis=0) * (np.maximum(hertz, 300) / 300) ** (tilt / 6.02)
+    spectrum = np.fft.rfft(frames, 4 * HOP) * gain.astype(np.complex64)
+    for formant in formants:
+        spectrum *= resonance(formant, sample_rate, delay)
+    pieces = np.fft.irfft(spectrum).reshape(count, 4, HOP)
+    out = np.zeros((count + 3, HOP))
+    for k in range(4):
+        out[k : k + count] += pieces[:, k]
+    return out.ravel()[HOP : HOP + source.size]
+
+
+def synthesize_clip(emotion: str, voice: Voice, rng: np.random.Generator, sample_rate: int) -> FloatArray:
+    """Synthesize one utterance (n,) float32 in [-1, 1], 1.2 to 3.5 s long."""
+    traits = EMOTIONS[emotion] + voice.habits + SPREAD * rng.normal(size=SPREAD.size)
+    pitch, span, contour, energy, rate, tilt, breath, jitter = traits.tolist()
+    (knots, *levels, f1, f2, f3), length = draw_syllables(2**rate, rng)
+    time = np.arange(round(length * sample_rate)) / sample_rate
+    level, hiss, accent = (np.interp(time, knots, values) for values in levels)
+    semitones = pitch + contour * (time / length - 0.5) + max(span, 0.3) * accent
+    f0 = np.clip(voice.pitch * 2 ** (semitones / 12), 60, 600)
+    centres = np.arange(0, time.size + HOP, HOP) / sample_rate
+    moving = voice.tract * np.stack([np.interp(centres, knots, values) for values in (f1, f2, f3)])
+    fixed = voice.tract * np.arange(3500, sample_rate / 2 / voice.tract, 1000)  # as in a tube of 17 cm
+    source = level * glottal_source(f0 / sample_rate, breath, max(jitter, 0.2), rng)
+    voiced = vocal_tract(source, moving, fixed, tilt, sample_rate)
+    band = np.hanning(18) * np.cos(2 * np.pi * rng.uniform(3000, 7000) / sample_rate * np.arange(18))
+    hissed = hiss * np.convolve(rng.normal(size=time.size), band, "same")
+    room = 10 ** rng.uniform(-3.6, -3.0) * rng.normal(size=time.size)
+    speech = 0.05 * 10 ** (energy / 20) * (voiced / voiced.std() + hissed)
+    return np.asarray(np.tanh(speech + room), dtype=np.float32)
+
+
+def make_demo(folder: Path, *, n_speakers: int = 10, n_takes: int = 6, seed: int = 0) -> None:
+    """Write the corpus into `folder`, all of it or nothing; an existing `folder` is left as it is."""
+    if folder.exists():
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        draft = Path(scratch) / folder.name
+        write_demo(draft, n_speakers, n_takes, seed)
+        draft.replace(folder)
+
+
+def write_demo(folder: Path, n_speakers: int, n_takes: int, seed: int) -> None:
+    """Write <Emotion>/spkNN_takeNN.wav, Test/<k>.wav, and the two lists that go with Test."""
+    for name in [*EMOTIONS, "Test"]:
+        (folder / name).mkdir(parents=True)
+    # Each random stream has a key of its own, of four numbers because NumPy pads shorter keys with zeros.
+    other = len(EMOTIONS)
+    order = np.random.default_rng([seed, other, 0, 1]).permutation(n_speakers * len(EMOTIONS))
+    truth = dict.fromkeys(range(len(order)), "")  # of the test clips
+    for number, (speaker, index) in zip(order, np.ndindex(n_speakers, len(EMOTIONS)), strict=True):
+        voice = make_voice(np.random.default_rng([seed, other, speaker, 0]))
+        truth[int(number)] = emotion = list(EMOTIONS)[index]
+        for take in range(n_takes + 1):  # take 0 goes to Test
+            rng = np.random.default_rng([seed, index, speaker, take])
+            name = f"{emotion}/spk{speaker:02d}_take{take:02d}.wav" if take else f"Test/{number}.wav"
+            clip = synthesize_clip(emotion, voice, rng, DEMO_RATE)
+            soundfile.write(folder / name, clip, DEMO_RATE, subtype="PCM_16")
+    submission = ["filename,emotion", *(f"{k}.wav,Neutral" for k in truth)]
+    (folder / "sample_submission.csv").write_text("\n".join(submission) + "\n")
+    notice = "Synthetic speech made by prepare.py to try the pipeline: not real speech. The truth for Test:"
+    answers = [notice, *(f"{k}.wav {emotion}" for k, emotion in truth.items())]
+    (folder / "SYNTHETIC.txt").write_text("\n".join(answers) + "\n")
+
+
+# ---- the script -----------------------------------------------------------------------------------------
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Fill the cache and print the table of classes."""
+    cfg = parse_config(argv, description=__doc__)
+    corpus = load_corpus(cfg)
+    seconds = np.bincount(corpus.targets, corpus.prepared.seconds)
+    counts = np.bincount(corpus.targets)
+    width = max(len("total"), *map(len, corpus.labels))
+    print(f"{'class':{width}}  clips  seconds")
+    for row in zip(corpus.labels, counts, seconds, strict=True):
+        print("{:{width}}  {:5d}  {:7.0f}".format(*row, width=width))
+    print(f"{'total':{width}}  {counts.sum():5d}  {seconds.sum():7.0f}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,584 @@
+"""How: trains the network, keeps the best checkpoint and says how good it is.
+
+    python train.py
+
+writes best_emotion_model.pth and, into run/, history.csv, metrics.json, loss.png and confusion_matrix.png.
+"""
+
+from config import RESUMABLE_FIELDS, RUNTIME_FIELDS, Config, UserError, command, parse_config, say
+
+if __name__ == "__main__":
+    parse_config(
+        description=__doc__
+    )  # answers --help and refuses a bad flag before torch takes seconds to load
+
+import csv
+import hashlib
+import io
+import json
+import math
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+
+import filelock
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from model import (
+    Checkpoint,
+    EmotionCNNGRU,
+    EmotionDataset,
+    build_model,
+    load_checkpoint,
+    replace_file,
+    resolve_device,
+    save_checkpoint,
+)
+from prepare import Corpus, FloatArray, IntArray, Split, feature_stats, load_corpus, source_of, split_clips
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Loader: TypeAlias = DataLoader[tuple[Tensor, Tensor]]
+
+# ---- one epoch ------------------------------------------------------------------------------------------
+
+
+class Outcome(NamedTuple):
+    """One pass over a dataset."""
+
+    loss: float  # class-weighted cross-entropy, mean over the batches
+    predictions: IntArray  # (N,) in the order of the targets
+    targets: IntArray  # (N,)
+
+
+def seed_everything(seed: int, epoch: int) -> None:
+    """Seed dropout and shuffling for one epoch, so that a resumed run needs no state of generators."""
+    torch.manual_seed(seed * 1_000_003 + epoch)
+
+
+def class_weights(targets: IntArray, labels: Sequence[str]) -> Tensor:
+    """Weights inversely proportional to class frequency, (C,) float32; 1 for a class of average size.
+
+    A class without clips gets 0, and a warning: there is nothing to learn it from.
+    """
+    counts = np.bincount(targets, minlength=len(labels))
+    for label in np.flatnonzero(counts == 0).tolist():
+        say(f"warning: class {labels[label]} has no training clip: it will not be learnt")
+    weights = np.where(counts > 0, len(targets) / (len(labels) * np.maximum(counts, 1)), 0)
+    return torch.from_numpy(weights.astype(np.float32))
+
+
+def make_loader(corpus: Corpus, indices: IntArray, batch_size: int, *, shuffle: bool) -> Loader:
+    """Feed some clips of a corpus in batches, in random order for training."""
+    dataset = EmotionDataset(corpus.prepared.features, corpus.targets, indices)
+    # Batch norm cannot learn from a single clip: a last batch of one waits for the next epoch.
+    drop_last = shuffle and len(dataset) % batch_size == 1
+    return DataLoader(dataset, batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=_as_is)
+
+
+def _as_is(batch: Any) -> Any:  # noqa: ANN401 - DataLoader declares a list, and passes what the dataset gave
+    """Collate nothing: EmotionDataset makes whole batches."""
+    return batch
+
+
+def run_epoch(
+    model: EmotionCNNGRU,
+    loader: Loader,
+    criterion: nn.Module,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    title: str = "",
+) -> Outcome:
+    """Pass once over the data: training with an optimizer, evaluation without.
+
+    Raises:
+        UserError: A loss is NaN or infinite; the message names the batch.
+    """
+    device = model.mean.device
+    model.train(optimizer is not None)
+    losses: list[Tensor] = []
+    predictions: list[Tensor] = []
+    targets: list[Tensor] = []
+    with torch.set_grad_enabled(optimizer is not None), tqdm(loader, title, leave=False, disable=None) as bar:
+        for features, wanted in bar:
+            logits = model(features.to(device))  # (B, C)
+            loss = criterion(logits, wanted.to(device))
+            if optimizer is not None:
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+            losses.append(loss.detach())
+            predictions.append(logits.detach().argmax(dim=1))
+            targets.append(wanted)
+            if not bar.disable:
+                right = (predictions[-1].cpu() == wanted).float().mean()
+                bar.set_postfix(loss=f"{loss.item():.2f}", accuracy=f"{right:.0%}", refresh=False)
+    per_batch = torch.stack(losses).cpu()  # looked at only now: a GPU need not be waited for at every step
+    if not per_batch.isfinite().all():
+        batch = int((~per_batch.isfinite()).nonzero()[0]) + 1
+        raise UserError(f"loss is {per_batch[batch - 1]:g} at batch {batch}: lower learning_rate", code=1)
+    return Outcome(float(per_batch.mean()), torch.cat(predictions).cpu().numpy(), torch.cat(targets).numpy())
+
+
+# ---- scores ---------------------------------------------------------------------------------------------
+
+
+class Scores(NamedTuple):
+    """How well predictions match the labels, from a confusion matrix (C, C) of clips, [true, predicted]."""
+
+    confusion: IntArray
+
+    @classmethod
+    def of(cls, outcome: Outcome, n_classes: int) -> "Scores":
+        """Count the pairs of true and predicted class."""
+        pairs = np.bincount(outcome.targets * n_classes + outcome.predictions, minlength=n_classes**2)
+        return cls(pairs.reshape(n_classes, n_classes))
+
+    @property
+    def accuracy(self) -> float:
+        """Share of clips that are right."""
+        return float(np.trace(self.confusion) / max(self.confusion.sum(), 1))
+
+    @property
+    def recall(self) -> FloatArray:
+        """Share of each true class that is found, (C,); NaN for a class without clips."""
+        return _ratio(np.diag(self.confusion), self.confusion.sum(axis=1))
+
+    @property
+    def precision(self) -> FloatArray:
+        """Share of each predicted class that is right, (C,); NaN for a class never predicted."""
+        return _ratio(np.diag(self.confusion), self.confusion.sum(axis=0))
+
+    @property
+    def f1(self) -> FloatArray:
+        """Harmonic mean of precision and recall, (C,); NaN for a class neither present nor predicted."""
+        return _ratio(2 * np.diag(self.confusion), self.confusion.sum(axis=0) + self.confusion.sum(axis=1))
+
+    def summary(self) -> dict[str, float]:
+        """Accuracy, unweighted average recall and macro F1, over the classes that occur."""
+        present = self.confusion.sum(axis=1) > 0
+        recall, f1 = self.recall[present], self.f1[present]
+        return {"accuracy": self.accuracy, "uar": float(recall.mean()), "macro_f1": float(f1.mean())}
+
+
+def _ratio(part: IntArray, whole: IntArray) -> FloatArray:
+    return np.divide(
+        part, whole, out=np.full(len(part), np.nan, np.float32), where=whole > 0, casting="same_kind"
+    )
+
+
+# ---- the run --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class EarlyStopping:
+    """Watch the validation accuracy, for a new best and for a rise that is too long in coming."""
+
+    patience: int
+    best: float = -math.inf
+    bad_epochs: int = 0
+
+    def step(self, value: float) -> bool:
+        """Take in one epoch; True if it is the best so far, which NaN never is."""
+        improved = value > self.best
+        self.best, self.bad_epochs = (value, 0) if improved else (self.best, self.bad_epochs + 1)
+        return improved
+
+    @property
+    def is_over(self) -> bool:
+        """Whether `patience` epochs in a row brought nothing."""
+        return self.bad_epochs >= self.patience
+
+
+@dataclass(frozen=True, kw_only=True)
+class EpochRecord:
+    """A row of history.csv."""
+
+    epoch: int
+    learning_rate: float
+    train_loss: float
+    train_accuracy: float
+    val_loss: float
+    val_accuracy: float
+    val_uar: float
+    seconds: float
+
+
+@dataclass
+class Run:
+    """All that changes while training, and so all that an interrupted run must find again."""
+
+    model: EmotionCNNGRU
+    optimizer: torch.optim.Adam
+    scheduler: ReduceLROnPlateau
+    stopping: EarlyStopping
+    last: Checkpoint  # of the latest finished epoch; weights are those of `model`, not a copy
+    best: Checkpoint | None = None  # of the epoch with the best validation accuracy
+    history: list[EpochRecord] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, cfg: Config, corpus: Corpus, split: Split, device: torch.device) -> "Run":
+        """A fresh network and optimizer; mean, deviation and class weights come from training clips alone."""
+        seed_everything(cfg.seed, 0)
+        mean, std = feature_stats(corpus.prepared.features, split.train)
+        model = build_model(cfg, len(corpus.labels), mean=mean, std=std).to(device)
+        optimizer = torch.optim.Adam(model.parameters(), cfg.learning_rate, weight_decay=cfg.weight_decay)
+        scheduler = ReduceLROnPlateau(
+            optimizer, mode="max", factor=cfg.lr_factor, patience=cfg.lr_patience, threshold=0
+        )
+        counts = np.bincount(corpus.targets[split.train], minlength=len(corpus.labels)).tolist()
+        last = Checkpoint(
+            config=cfg,
+            labels=corpus.labels,
+            weights=model.state_dict(),
+            epoch=0,
+            scores={},
+            n_clips=dict(zip(corpus.labels, counts, strict=True)),
+            files=_hash_files(corpus, split),
+            versions=_versions(),
+        )
+        return cls(model, optimizer, scheduler, EarlyStopping(cfg.patience), last)
+
+    def resume(self, path: Path) -> None:
+        """Take up the state that save() left, with the training settings of now.
+
+        Raises:
+            UserError: There is nothing to resume, or it was another run: other clips, features or network.
+        """
+        if not path.is_file():
+            raise UserError(f"no {path} to resume from: start with `python train.py`")
+        cfg, last = self.last.config, load_checkpoint(path)
+        differences = last.config.differences(cfg, ignore=RESUMABLE_FIELDS)
+        if last.files != self.last.files or last.labels != self.last.labels:
+            differences.append("clips: not the same files, classes or split")
+        if differences:
+            raise UserError(f"cannot resume {path}, which was another run: {'; '.join(differences)}")
+        for difference in last.config.differences(cfg, ignore=RUNTIME_FIELDS - {"batch_size"}):
+            say(f"note: resuming with another {difference}")
+        state = last.training
+        self.model.load_state_dict(last.weights)
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.scheduler.factor, self.scheduler.patience = cfg.lr_factor, cfg.lr_patience
+        for group in self.optimizer.param_groups:
+            group["weight_decay"] = cfg.weight_decay
+            if cfg.learning_rate != last.config.learning_rate:
+                group["lr"] = cfg.learning_rate
+        self.stopping = EarlyStopping(**{**state["stopping"], "patience": cfg.patience})
+        self.history = [EpochRecord(**record) for record in state["history"]]
+        self.last = replace(self.last, epoch=last.epoch, scores=last.scores)
+        if state["best"]:
+            self.best = replace(self.last, **state["best"])
+
+    def save(self, path: Path) -> None:
+        """Write everything that resume() needs."""
+        best = self.best and {name: getattr(self.best, name) for name in ("weights", "epoch", "scores")}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "stopping": asdict(self.stopping),
+            "history": [asdict(record) for record in self.history],
+            "best": best,
+        }
+        save_checkpoint(path, replace(self.last, training=state))
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all epochs are done, or early stopping says so."""
+        return len(self.history) >= self.last.config.epochs or self.stopping.is_over
+
+    def finish_epoch(self, trained: Outcome, checked: Outcome, seconds: float) -> bool:
+        """Take in an epoch's results; True if it is the best so far."""
+        scores = Scores.of(checked, len(self.last.labels)).summary()
+        learning_rate = self.optimizer.param_groups[0]["lr"]
+        self.scheduler.step(scores["accuracy"])
+        is_best = self.stopping.step(scores["accuracy"])
+        self.history.append(
+            EpochRecord(
+                epoch=len(self.history) + 1,
+                learning_rate=learning_rate,
+                train_loss=trained.loss,
+                train_accuracy=float((trained.predictions == trained.targets).mean()),
+                val_loss=checked.loss,
+                val_accuracy=scores["accuracy"],
+                val_uar=scores["uar"],
+                seconds=seconds,
+            )
+        )
+        self.last = replace(self.last, epoch=len(self.history), scores=scores)
+        if is_best:
+            weights = {name: value.cpu().clone() for name, value in self.model.state_dict().items()}
+            self.best = replace(self.last, weights=weights)
+        return is_best
+
+
+def fit(cfg: Config) -> dict[str, Any]:
+    """Train as the config says: data, split, network, epochs, report.
+
+    Returns:
+        What metrics.json holds.
+
+    Raises:
+        UserError: Data, settings or checkpoint do not allow the run, or its loss is no longer finite.
+        Interrupted: Ctrl-C or SIGTERM; the finished epochs are saved.
+    """
+    device = resolve_device(cfg.device)
+    run_dir, best_path, last_path = Path(cfg.run_dir), Path(cfg.checkpoint), Path(cfg.run_dir, "last.pth")
+    _spare_real_model(best_path, cfg)
+    corpus = load_corpus(cfg)
+    split = split_clips(
+        corpus.targets,
+        corpus.prepared.digests,
+        val_fraction=cfg.val_fraction,
+        holdout_fraction=cfg.holdout_fraction,
+        seed=cfg.seed,
+    )
+    print(describe_split(corpus, split), flush=True)
+    loaders = [make_loader(corpus, part, cfg.batch_size, shuffle=part is split.train) for part in split]
+    criterion = nn.CrossEntropyLoss(class_weights(corpus.targets[split.train], corpus.labels)).to(device)
+    run = Run.start(cfg, corpus, split, device)
+    if cfg.resume:
+        run.resume(last_path)
+    else:
+        run.save(last_path)
+    try:
+        while not run.is_over:
+            started = time.perf_counter()
+            epoch = len(run.history) + 1
+            seed_everything(cfg.seed, epoch)
+            trained = run_epoch(
+                run.model, loaders[0], criterion, title=f"epoch {epoch}", optimizer=run.optimizer
+            )
+            checked = run_epoch(run.model, loaders[1], criterion, title="validation")
+            if run.finish_epoch(trained, checked, time.perf_counter() - started) and run.best:
+                save_checkpoint(best_path, run.best)
+            run.save(last_path)
+            write_history(run_dir / "history.csv", run.history)
+            print(describe_epoch(run), flush=True)
+    except UserError as error:
+        kept = f"{best_path} of epoch {run.best.epoch} is kept" if run.best else "there is no checkpoint yet"
+        raise UserError(f"epoch {len(run.history) + 1}: {error} ({kept})", code=error.code) from None
+    finally:  # also on Ctrl-C and SIGTERM
+        if run.history:
+            save_figure(run_dir / "loss.png", plot_history(run.history, corpus_name(cfg)))
+        if not run.is_over:
+            say(f"stopped after epoch {len(run.history)}: `python train.py --resume` goes on from there")
+
+    assert run.best is not None  # the first finished epoch is the best so far
+    save_checkpoint(best_path, run.best)  # again, since a resumed run may find another model there
+    run.model.load_state_dict(run.best.weights)
+    reports = {
+        name: measure(run.model, corpus, part, loader, criterion)
+        for (name, part), loader in zip(split._asdict().items(), loaders, strict=True)
+        if name != "train" and len(part)
+    }
+    print("\n".join(report.table(f"{name} clips") for name, report in reports.items()))
+    name, report = list(reports.items())[-1]  # the held-out clips, if there are any
+    title = f"{corpus_name(cfg)}: {len(getattr(split, name)):,} {name} clips"
+    save_figure(run_dir / "confusion_matrix.png", plot_confusion(report.scores, corpus.labels, title))
+    metrics = summarize(run, corpus, split, reports)
+    with replace_file(run_dir / "metrics.json") as file:
+        file.write(json.dumps(metrics, indent=2).encode())
+    print(f"best epoch {run.best.epoch} in {best_path}; figures, history and metrics in {run_dir}")
+    return metrics
+
+
+def _spare_real_model(path: Path, cfg: Config) -> None:
+    """Refuse to let a demo run overwrite a model of real data."""
+    try:
+        precious = cfg.demo and not load_checkpoint(path).config.demo
+    except UserError:  # there is none
+        return
+    if precious:
+        raise UserError(f"{path} was not trained on the demo corpus: move it, or pass --checkpoint demo.pth")
+
+
+def _hash_files(corpus: Corpus, split: Split) -> str:
+    """Stand for the names of all clips, their classes, and the part each is in."""
+    text = repr([(clip.path.name, clip.label) for clip in corpus.clips] + [part.tolist() for part in split])
+    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), "torch": str(torch.__version__), "numpy": np.__version__}
+
+
+# ---- the report -----------------------------------------------------------------------------------------
+
+
+class Report(NamedTuple):
+    """Scores of a model on one part of the data."""
+
+    scores: Scores
+    overall: dict[str, float]  # accuracy, uar, macro_f1, loss
+    per_class: dict[str, dict[str, float]]  # precision, recall, f1, clips
+    per_corpus: dict[str, dict[str, float]]  # accuracy, clips
+
+    def table(self, title: str) -> str:
+        """Lay the scores out for a terminal."""
+        width = max(len(name) for name in [*self.per_class, *self.per_corpus, "per corpus"])
+        lines = [
+            f"\n{title}: accuracy {self.overall['accuracy']:.1%}, "
+            f"unweighted average recall {self.overall['uar']:.1%}, macro F1 {self.overall['macro_f1']:.1%}",
+            f"{'per class':{width}}  precision  recall     F1  clips",
+        ]
+        for name, row in self.per_class.items():
+            shares = f"{row['precision']:9.1%}  {row['recall']:6.1%}  {row['f1']:5.1%}"
+            lines.append(f"{name:{width}}  {shares}  {row['clips']:5d}")
+        lines.append(f"{'per corpus':{width}}  accuracy  clips")
+        for name, row in self.per_corpus.items():
+            lines.append(f"{name:{width}}  {row['accuracy']:8.1%}  {row['clips']:5d}")
+        return "\n".join(lines)
+
+
+def measure(
+    model: EmotionCNNGRU, corpus: Corpus, indices: IntArray, loader: Loader, criterion: nn.Module
+) -> Report:
+    """Score a model on some clips: as a whole, per class, and per corpus as the file names tell."""
+    outcome = run_epoch(model, loader, criterion)
+    scores = Scores.of(outcome, len(corpus.labels))
+    columns = zip(scores.precision, scores.recall, scores.f1, scores.confusion.sum(axis=1), strict=True)
+    per_class = {
+        label: {"precision": float(precision), "recall": float(recall), "f1": float(f1), "clips": int(clips)}
+        for label, (precision, recall, f1, clips) in zip(corpus.labels, columns, strict=True)
+    }
+    right = outcome.predictions == outcome.targets
+    names = np.array([source_of(corpus.clips[index].path).corpus for index in indices])
+    per_corpus = {
+        str(name): {"accuracy": float(right[names == name].mean()), "clips": int((names == name).sum())}
+        for name in np.unique(names)
+    }
+    return Report(scores, {**scores.summary(), "loss": outcome.loss}, per_class, per_corpus)
+
+
+def summarize(run: Run, corpus: Corpus, split: Split, reports: dict[str, Report]) -> dict[str, Any]:
+    """Everything worth keeping about a finished run, for metrics.json."""
+    cfg = run.last.config
+    assert run.best is not None
+    return {
+        "corpus": corpus_name(cfg),
+        "split": describe_split(corpus, split),
+        "best_epoch": run.best.epoch,
+        "epochs": len(run.history),
+        "training_minutes": round(sum(record.seconds for record in run.history) / 60, 2),
+        "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
+        "hardware": f"{run.model.mean.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
+        "versions": run.last.versions,
+        "config": cfg.to_dict(),
+        **{
+            name: {**report.overall, "per_class": report.per_class, "per_corpus": report.per_corpus}
+            for name, report in reports.items()
+        },
+    }
+
+
+def corpus_name(cfg: Config) -> str:
+    """What the data are called in figures and metrics."""
+    return "synthetic demo corpus" if cfg.demo else Path(cfg.data_dir).name
+
+
+def describe_split(corpus: Corpus, split: Split) -> str:
+    """Say how many clips each part has, and whether its speakers are known from training."""
+    train, *others = ({source_of(corpus.clips[index].path).speaker for index in part} for part in split)
+    judges = set().union(*others) - {""}
+    sizes = ", ".join(f"{len(part):,} {name}" for name, part in split._asdict().items())
+    text = f"{len(corpus.labels)} classes; {sizes} clips, split at random, each class alike"
+    shared = f"; {len(judges & train)} of {len(judges)} speakers judged by are also trained on"
+    return text + shared if judges else text
+
+
+def describe_epoch(run: Run) -> str:
+    """One line of scores for the latest epoch; a star marks the best so far."""
+    record = run.history[-1]
+    star = " *" if run.best and run.best.epoch == record.epoch else ""
+    return (
+        f"epoch {record.epoch:3d}/{run.last.config.epochs}  "
+        f"train loss {record.train_loss:.3f} accuracy {record.train_accuracy:5.1%}  "
+        f"val loss {record.val_loss:.3f} accuracy {record.val_accuracy:5.1%}  "
+        f"lr {record.learning_rate:.1e}  {record.seconds:.1f} s{star}"
+    )
+
+
+def write_history(path: Path, history: Sequence[EpochRecord]) -> None:
+    """Write one CSV row per finished epoch."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(asdict(history[0])), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(record) for record in history)
+    with replace_file(path) as file:
+        file.write(text.getvalue().encode())
+
+
+def plot_history(history: Sequence[EpochRecord], title: str) -> "Figure":
+    """Draw loss and accuracy of training and validation, with the best epoch marked."""
+    from matplotlib.figure import Figure  # noqa: PLC0415 - takes a second; and pyplot would want a display
+
+    best = max(history, key=lambda record: record.val_accuracy)  # the first of equals
+    epochs = [record.epoch for record in history]
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure.suptitle(title)
+    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        axes.plot(
+            epochs, [getattr(record, f"train_{name}") for record in history], label="training, with dropout"
+        )
+        axes.plot(epochs, [getattr(record, f"val_{name}") for record in history], label="validation")
+        axes.axvline(best.epoch, color="grey", linestyle=":", label=f"best: epoch {best.epoch}")
+        axes.set(xlabel="epoch", ylabel=name)
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def plot_confusion(scores: Scores, labels: Sequence[str], title: str) -> "Figure":
+    """Draw the confusion matrix: counts, coloured by the share of the true class."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    counts = scores.confusion
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    figure.colorbar(image, label="share of the true class")
+    ticks = range(len(labels))
+    axes.set_xticks(ticks, labels, rotation=45, ha="right")
+    axes.set_yticks(ticks, labels)
+    axes.set(xlabel="predicted", ylabel="true", title=f"{title}, {scores.accuracy:.1%} right")
+    for (row, column), count in np.ndenumerate(counts):
+        color = "white" if shares[row, column] > 0.5 else "black"
+        axes.text(column, row, str(count), ha="center", va="center", color=color)
+    return figure
+
+
+def save_figure(path: Path, figure: "Figure") -> None:
+    """Write a figure as PNG."""
+    with replace_file(path) as file:
+        figure.savefig(file, format="png", dpi=150)
+
+
+# ---- the script -----------------------------------------------------------------------------------------
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train."""
+    cfg = parse_config(argv, description=__doc__)
+    Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
+    try:
+        with filelock.FileLock(Path(cfg.run_dir, "lock"), timeout=0):
+            fit(cfg)
+    except filelock.Timeout:
+        raise UserError(f"another run is writing to {cfg.run_dir}: wait for it or pass --run_dir") from None
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
