@@ -88,9 +88,9 @@ class EmotionCNNGRU(nn.Module):
     ) -> None:
         """Build the layers; sizes as in Config."""
         super().__init__()
-        # Part of the network, so that nobody can forget to standardise. Filled in by build_model.
+        # Part of the network, so that nobody can forget to centre and scale. Filled in by build_model.
         self.register_buffer("mean", torch.zeros(n_features, 1))
-        self.register_buffer("std", torch.ones(n_features, 1))
+        self.register_buffer("std", torch.ones(()))
         widths = [n_features, *(conv_channels * 2**block for block in range(conv_blocks))]
         self.conv = nn.Sequential(
             *(
@@ -142,15 +142,15 @@ def build_model(
     n_classes: int,
     *,
     mean: npt.NDArray[np.float32] | None = None,
-    std: npt.NDArray[np.float32] | None = None,
+    std: float = 1.0,
 ) -> EmotionCNNGRU:
     """Make the network that the config describes.
 
     Args:
         cfg: Gives the sizes.
         n_classes: Logits per clip.
-        mean: (n_features,) of the training clips; None leaves the features as they are.
-        std: (n_features,) likewise, all positive.
+        mean: (n_features,) of the training clips; None for zeros.
+        std: Of the training clips, one for all rows, positive.
     """
     model = EmotionCNNGRU(
         cfg.n_features,
@@ -162,9 +162,9 @@ def build_model(
         dropout=cfg.dropout,
         conv_dropout=cfg.conv_dropout,
     )
-    if mean is not None and std is not None:
+    if mean is not None:
         model.mean.copy_(torch.from_numpy(mean)[:, None])
-        model.std.copy_(torch.from_numpy(std)[:, None])
+    model.std.fill_(std)
     return model
 
 

@@ -555,7 +555,7 @@ def _clean_cache(folder: Path, cfg: Config) -> dict[FileState, CacheRow]:
     rows, damaged = _read_tables(folder, cfg)
     for table, reason in damaged:
         say(f"note: cache {table} is damaged ({reason}): its clips are extracted again")
-    live = {row.shard for state, row in rows.items() if _is_current(state)}
+    live = {row.shard for state, row in rows.items() if _may_be_wanted(state)}
     for path in folder.iterdir():
         if path.name != "lock" and path.with_suffix(".f32") not in live:
             with contextlib.suppress(OSError):  # Windows keeps a file that another run has mapped
@@ -563,11 +563,12 @@ def _clean_cache(folder: Path, cfg: Config) -> dict[FileState, CacheRow]:
     return {state: row for state, row in rows.items() if row.shard in live}
 
 
-def _is_current(state: FileState) -> bool:
+def _may_be_wanted(state: FileState) -> bool:
+    path = Path(state[0])
     try:
-        return _file_state(Path(state[0])) == state
+        return _file_state(path) == state
     except OSError:
-        return False
+        return not path.parent.exists()  # a disk that is not mounted today may be so tomorrow
 
 
 def _write_shard(
@@ -611,13 +612,9 @@ class Corpus(NamedTuple):
     """All readable labelled clips."""
 
     labels: tuple[str, ...]
-    clips: list[Clip]
+    clips: list[Clip]  # N
+    targets: IntArray  # (N,) their class numbers
     prepared: Prepared
-
-    @property
-    def targets(self) -> IntArray:
-        """Class numbers of the clips, (N,)."""
-        return np.array([clip.label for clip in self.clips], np.int64)
 
 
 def load_corpus(cfg: Config) -> Corpus:
@@ -652,7 +649,8 @@ def load_corpus(cfg: Config) -> Corpus:
         say(f"note: class folder {cfg.data_root / labels[label]} has no usable clip: left out")
     clips = [Clip(clip.path, used.index(clip.label)) for clip in clips]
     _report_duplicates(clips, prepared.digests)
-    return Corpus(tuple(labels[label] for label in used), clips, prepared)
+    targets = np.array([clip.label for clip in clips], np.int64)
+    return Corpus(tuple(labels[label] for label in used), clips, targets, prepared)
 
 
 def report_failures(failures: Sequence[AudioError]) -> None:
@@ -724,10 +722,14 @@ def split_clips(
     return split
 
 
-def feature_stats(features: FeatureArray, indices: IntArray) -> tuple[FloatArray, FloatArray]:
-    """Mean and standard deviation of each feature row over the frames of the given clips: (n_features,) each.
+def feature_stats(features: FeatureArray, indices: IntArray) -> tuple[FloatArray, float]:
+    """What centres and scales the features, from the frames of the given clips alone.
 
-    A row that never varies gets deviation 1, so that dividing by it is harmless.
+    The scale is one for all rows: with its own for each row, the noise in the deltas of high coefficients
+    would weigh as much as the loudness contour, and costs accuracy (assets/experiments.md).
+
+    Returns:
+        The mean of each row, (n_features,) float32, and the root of the mean variance of the rows, > 0.
     """
     total = np.zeros(features.shape[1])
     squares = np.zeros(features.shape[1])
@@ -735,10 +737,10 @@ def feature_stats(features: FeatureArray, indices: IntArray) -> tuple[FloatArray
         block = features[indices[start : start + 256]].astype(np.float64)
         total += block.sum(axis=(0, 2))
         squares += np.square(block).sum(axis=(0, 2))
-    count = len(indices) * features.shape[2]
-    mean = total / count
-    std = np.sqrt(np.maximum(squares / count - mean**2, 0))
-    return mean.astype(np.float32), np.where(std < 1e-6, 1, std).astype(np.float32)
+    n_frames = len(indices) * features.shape[2]
+    mean = total / n_frames
+    variance = float(np.mean(squares / n_frames - mean**2))
+    return mean.astype(np.float32), math.sqrt(variance) if variance > 0 else 1.0
 
 
 # ---- demo corpus ----------------------------------------------------------------------------------------
