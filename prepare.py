@@ -221,6 +221,20 @@ def mel_filters(sample_rate: int, n_fft: int, n_mels: int) -> Tensor:
 
 
 @functools.cache
+def mel_bands(sample_rate: int, n_fft: int, n_mels: int) -> list[tuple[slice, Tensor]]:
+    """The same filters in groups of up to 16, each with the slice of bins that it needs.
+
+    Most of the filter matrix is zero: the groups leave an eighth of the multiplications.
+    """
+    bands: list[tuple[slice, Tensor]] = []
+    for group in mel_filters(sample_rate, n_fft, n_mels).split(16):
+        used: list[int] = group.any(dim=0).nonzero().flatten().tolist() or [0]
+        bins = slice(used[0], used[-1] + 1)
+        bands.append((bins, group[:, bins].contiguous()))
+    return bands
+
+
+@functools.cache
 def dct_matrix(n_mfcc: int, n_mels: int) -> Tensor:
     """The first n_mfcc rows of the orthonormal type-2 DCT: (n_mfcc, n_mels) float32."""
     angles = np.pi / n_mels * np.outer(np.arange(n_mfcc), np.arange(n_mels) + 0.5)
@@ -265,8 +279,12 @@ def extract_features(waves: Tensor, cfg: Config) -> Tensor:
     spectrum = torch.stft(
         waves, cfg.n_fft, cfg.hop_length, window=window, center=True, pad_mode="constant", return_complex=True
     )  # (B, n_fft // 2 + 1, T)
-    power = spectrum.real.square() + spectrum.imag.square()
-    mel = mel_filters(cfg.sample_rate, cfg.n_fft, cfg.n_mels).to(waves.device) @ power  # (B, n_mels, T)
+    real, imaginary = torch.view_as_real(spectrum).square().unbind(dim=-1)
+    power = real + imaginary
+    bands = mel_bands(cfg.sample_rate, cfg.n_fft, cfg.n_mels)
+    mel = torch.cat(
+        [filters.to(power.device) @ power[:, bins] for bins, filters in bands], dim=1
+    )  # (B, n_mels, T)
     decibels = 10 * mel.clamp(min=1e-10).log10()
     decibels = decibels.maximum(decibels.amax(dim=(1, 2), keepdim=True) - 80)
     mfcc = dct_matrix(cfg.n_mfcc, cfg.n_mels).to(waves.device) @ decibels  # (B, n_mfcc, T)
@@ -438,6 +456,7 @@ def cache_key(cfg: Config) -> str:
         load_audio,
         fix_length,
         mel_filters,
+        mel_bands,
         dct_matrix,
         delta_matrix,
         extract_features,
