@@ -49,7 +49,7 @@ class Config:
     gru_hidden: int = 128  # units per direction
     gru_layers: int = 2  # stacked bidirectional layers
     dropout: float = 0.5  # probability, between the GRU layers and in the head
-    conv_dropout: float = 0.0  # probability, after each convolution block
+    conv_dropout: float = 0.1  # probability, after each convolution block
 
     # ---- data split: random by clip, stratified by class, identical audio kept together -----------------
     val_fraction: float = 0.1  # of the clips; selects the checkpoint, steers learning rate and stopping
