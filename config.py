@@ -11,7 +11,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -83,7 +83,7 @@ class Config:
         _require(self, "n_mels", self.n_mels <= self.n_fft // 2 + 1, "at most n_fft / 2 + 1")
         _require(self, "n_mfcc", self.n_mfcc <= self.n_mels, f"at most n_mels ({self.n_mels})")
         _require(self, "duration", self.n_frames >= MIN_FRAMES, f"at least {MIN_FRAMES} frames of hop_length")
-        room = 0.9 - self.val_fraction
+        room = round(0.9 - self.val_fraction, 9)
         _require(
             self, "holdout_fraction", self.holdout_fraction <= room, f"at most 0.9 - val_fraction ({room:g})"
         )
@@ -164,7 +164,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {  # inclusive
     "n_mels": (1, 4096),
     "conv_channels": (1, 4096),
     "conv_blocks": (1, 8),
-    "gru_hidden": (1, 8192),
+    "gru_hidden": (2, 8192),
     "gru_layers": (1, 16),
     "dropout": (0, 0.95),
     "conv_dropout": (0, 0.95),
@@ -237,7 +237,8 @@ def parse_config(argv: Sequence[str] | None = None, *, description: str | None =
     Raises:
         SystemExit: 2 after one line on stderr if a flag or value is bad, 0 after --help.
     """
-    return _parse(_make_parser([field.name for field in dataclasses.fields(Config)], description), argv)[0]
+    parser = _make_parser(Config.__dataclass_fields__, description)
+    return _parse(parser, argv)[0]
 
 
 def parse_runtime_config(
@@ -248,38 +249,42 @@ def parse_runtime_config(
     Raises:
         SystemExit: As parse_config; also for a flag that would contradict the checkpoint.
     """
-    parser = _make_parser(sorted(RUNTIME_FIELDS), description)
+    parser = _make_parser(RUNTIME_FIELDS, description)
     parser.add_argument("paths", nargs="*", help="files, folders or patterns; none: the test folder")
-    return _parse(parser, argv)
+    return _parse(parser, argv, baked=Config.__dataclass_fields__.keys() - RUNTIME_FIELDS)
 
 
-def _make_parser(names: Iterable[str], description: str | None) -> _Parser:
+def _make_parser(names: Collection[str], description: str | None) -> _Parser:
     """Make a parser with one flag per field; the help texts are the comments in Config."""
     parser = _Parser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
-    fields = {field.name: field for field in dataclasses.fields(Config)}
-    for name in names:
-        kind: Any = fields[name].type
-        text = f"{comments.get(name, '')} [{fields[name].default!r}]".replace("%", "%%")
+    for field in dataclasses.fields(Config):
+        if field.name not in names:
+            continue
+        kind: Any = field.type
+        text = f"{comments.get(field.name, '')} [{field.default!r}]".replace("%", "%%")
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": text}
         if kind is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {"type": functools.partial(_convert, kind), "metavar": kind.__name__.upper()}
-        parser.add_argument(f"--{name}", **options)
+        parser.add_argument(f"--{field.name}", **options)
     return parser
 
 
-def _parse(parser: _Parser, argv: Sequence[str] | None) -> tuple[Config, list[str]]:
+def _parse(
+    parser: _Parser, argv: Sequence[str] | None, *, baked: Collection[str] = ()
+) -> tuple[Config, list[str]]:
     values, unknown = parser.parse_known_args(argv)
-    for flag in unknown:
-        name = flag.lstrip("-").partition("=")[0].removeprefix("no-")
-        if flag.startswith("--") and name in Config.__dataclass_fields__:
-            parser.error(f"{flag}: {name} is part of the checkpoint and cannot be changed after training")
-        parser.error(f"unknown argument {flag}")
-    paths: list[str] = vars(values).pop("paths", [])
+    paths: list[str] = vars(values).pop("paths", None)
+    for argument in unknown:
+        if argument.removeprefix("--").partition("=")[0] in baked:
+            parser.error(f"{argument} is part of the checkpoint and cannot be changed after training")
+        if argument.startswith("-") or paths is None:
+            parser.error(f"unknown argument {argument}")
+        paths.append(argument)  # argparse takes only the first row of them: `a.wav --device cpu b.wav`
     try:
         return Config(**vars(values)), paths
     except UserError as error:
@@ -303,6 +308,14 @@ def say(message: str) -> None:
     print(printable(message), file=sys.stderr, flush=True)
 
 
+def _drop_output() -> None:
+    """Send what is left in the buffer of stdout nowhere, if it cannot go out."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def command(main: Callable[..., int]) -> Callable[..., int]:
     """Wrap a script's main: expected faults become one `error:` line, and signals an orderly end.
 
@@ -319,7 +332,8 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         signals = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
         before = {s: signal.signal(s, stop) for s in signals}
         try:
-            return main(argv)
+            code = main(argv)
+            sys.stdout.flush()  # here a closed pipe or a full disk can still be told; at exit it cannot
         except UserError as error:
             say(f"error: {error}")
             return error.code
@@ -327,12 +341,15 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             say("interrupted")
             return stopped.code
         except BrokenPipeError:  # the reader of our output has left, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
             return 0
         except OSError as error:
+            _drop_output()
             where = f"{error.filename}: " if error.filename else ""
             say(f"error: {where}{error.strerror or error}")
             return 1
+        else:
+            return code
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)

@@ -139,9 +139,9 @@ def compare_with_sample(sample: Path, names: Sequence[str], labels: Sequence[str
         header, *rows = list(csv.reader(file)) or [[]]
     if header != HEADER:
         return [f"header {','.join(header)}, not {','.join(HEADER)}"]
-    expected = Counter(row[0] for row in rows if row)
+    expected, ours = Counter(row[0] for row in rows if row), set(names)
     sides = {
-        "ids without a file": [name for name in expected if name not in set(names)],
+        "ids without a file": [name for name in expected if name not in ours],
         "files without an id": [name for name in names if name not in expected],
         "ids listed twice": [name for name, count in expected.items() if count > 1],
         "labels we do not know": sorted({row[1] for row in rows if len(row) > 1} - set(labels)),

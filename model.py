@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import io
 import os
 import time
 import zipfile
@@ -243,11 +244,11 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """
     content = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
     content |= {"version": VERSION, "config": checkpoint.config.to_dict(), "labels": list(checkpoint.labels)}
-    try:
-        with replace_file(path) as file:
-            torch.save(content, file)
-    except RuntimeError as error:  # torch hides the system's reason
-        raise OSError(f"{path} cannot be written: {error}") from error
+    # Through memory: torch.save turns what befalls it in a file, full disk or Ctrl-C, into a RuntimeError.
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    with replace_file(path) as file:
+        file.write(buffer.getbuffer())
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

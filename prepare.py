@@ -168,14 +168,15 @@ def load_audio(path: Path, *, sample_rate: int, n_samples: int) -> FloatArray:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
             raise AudioError(path, "not a regular file")
-        with soundfile.SoundFile(path) as file:
+        # As bytes, since soundfile encodes text strictly, and a name need not be UTF-8. Windows wants text.
+        with soundfile.SoundFile(path if sys.platform == "win32" else os.fsencode(path)) as file:
             rate, channels = file.samplerate, file.channels
             if not 1000 <= rate <= 768_000 or channels > 16:
                 raise AudioError(
                     path, f"{rate} Hz and {channels} channels: more or less than any recording has"
                 )
-            margin = 1024  # the resampler looks ahead; enough for any ratio
-            wanted = math.ceil((n_samples + margin) * rate / sample_rate)
+            margin = 1024 * max(1, rate / sample_rate)  # for the resampler, which looks ahead
+            wanted = math.ceil(n_samples * rate / sample_rate + margin)
             wave: FloatArray = file.read(wanted, dtype="float32", always_2d=True).mean(axis=1)
     except OSError as error:
         raise AudioError(path, error.strerror or str(error)) from None
@@ -342,16 +343,16 @@ def iter_features(paths: Sequence[Path], cfg: Config) -> Generator[ClipFeatures 
     pending: deque[tuple[Sequence[Path], Future[list[ClipFeatures | AudioError]]]] = deque()
     try:
         while chunks or pending:
-            while chunks and len(pending) < 2 * n_workers:
-                pending.append((chunks[0], pool.submit(_extract_chunk, chunks[0], cfg)))
-                chunks.popleft()
-            chunk, future = pending.popleft()
             try:
-                results = future.result()
-            except BrokenProcessPool:  # breaks all that is pending, too
-                results = _extract_isolated(chunk, cfg)
-                chunks.extendleft(waiting for waiting, _ in reversed(pending))
+                while chunks and len(pending) < 2 * n_workers:
+                    pending.append((chunks[0], pool.submit(_extract_chunk, chunks[0], cfg)))
+                    chunks.popleft()
+                results = pending[0][1].result()
+                pending.popleft()
+            except BrokenProcessPool:  # nothing that is pending will come
+                chunks.extendleft(chunk for chunk, _ in reversed(pending))
                 pending.clear()
+                results = _extract_isolated(chunks.popleft(), cfg)
                 pool = _make_pool(n_workers)
             yield from results
     finally:
@@ -588,8 +589,10 @@ def _may_be_wanted(state: FileState) -> bool:
     path = Path(state[0])
     try:
         return _file_state(path) == state
-    except OSError:
+    except FileNotFoundError:
         return not path.parent.exists()  # a disk that is not mounted today may be so tomorrow
+    except OSError:  # not ours to read, perhaps another's
+        return True
 
 
 def _write_shard(
@@ -735,6 +738,11 @@ def split_clips(
     part_of_clip = part_of_group[group_of]
     split = Split(*(np.flatnonzero(part_of_clip == part) for part in range(3)))
     n_classes = len(np.unique(targets))
+    if len(split.train) < 2:
+        raise UserError(
+            f"val_fraction = {val_fraction}, holdout_fraction = {holdout_fraction}: leave {len(split.train)} "
+            f"of {len(targets)} clips for training: lower them or add clips"
+        )
     if len(split.val) < n_classes:
         raise UserError(
             f"val_fraction = {val_fraction}: leaves {len(split.val)} of {len(targets)} clips for validation, "
@@ -761,7 +769,8 @@ def feature_stats(features: FeatureArray, indices: IntArray) -> tuple[FloatArray
     n_frames = len(indices) * features.shape[2]
     mean = total / n_frames
     variance = float(np.mean(squares / n_frames - mean**2))
-    return mean.astype(np.float32), math.sqrt(variance) if variance > 0 else 1.0
+    is_noise = variance <= 1e-12 * float(np.mean(squares / n_frames))  # what rounding leaves of no variance
+    return mean.astype(np.float32), 1.0 if is_noise else math.sqrt(variance)
 
 
 # ---- demo corpus ----------------------------------------------------------------------------------------

@@ -68,12 +68,12 @@ def seed_everything(seed: int, epoch: int) -> None:
 def class_weights(targets: IntArray, labels: Sequence[str]) -> Tensor:
     """Weights inversely proportional to class frequency, (C,) float32; 1 for a class of average size.
 
-    A class without clips gets 0, and a warning: there is nothing to learn it from.
+    So has a class without clips, with a warning: there is nothing to learn it from.
     """
     counts = np.bincount(targets, minlength=len(labels))
     for label in np.flatnonzero(counts == 0).tolist():
         say(f"warning: class {labels[label]} has no training clip: it will not be learnt")
-    weights = np.where(counts > 0, len(targets) / (len(labels) * np.maximum(counts, 1)), 0)
+    weights = np.where(counts > 0, len(targets) / (len(labels) * np.maximum(counts, 1)), 1)
     return torch.from_numpy(weights.astype(np.float32))
 
 
@@ -257,6 +257,9 @@ class Run:
         if not path.is_file():
             raise UserError(f"no {path} to resume from: start with `python train.py`")
         cfg, last = self.last.config, load_checkpoint(path)
+        state = last.training
+        if not state:
+            raise UserError(f"{path} is a finished model, not a run that can be resumed")
         differences = last.config.differences(cfg, ignore=RESUMABLE_FIELDS)
         if last.files != self.last.files or last.labels != self.last.labels:
             differences.append("clips: not the same files, classes or split")
@@ -264,7 +267,6 @@ class Run:
             raise UserError(f"cannot resume {path}, which was another run: {'; '.join(differences)}")
         for difference in last.config.differences(cfg, ignore=RUNTIME_FIELDS - {"batch_size"}):
             say(f"note: resuming with another {difference}")
-        state = last.training
         self.model.load_state_dict(last.weights)
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
@@ -321,6 +323,27 @@ class Run:
         return is_best
 
 
+def load_data(cfg: Config) -> tuple[Corpus, Split]:
+    """Load the corpus and split it.
+
+    Raises:
+        UserError: There is nothing to learn from, or the settings cannot train.
+    """
+    if cfg.batch_size < 2:
+        raise UserError(f"batch_size = {cfg.batch_size}: must be at least 2 to train, for batch norm's sake")
+    corpus = load_corpus(cfg)
+    if len(corpus.labels) < 2:
+        raise UserError(f"only one class in {cfg.data_root}, {corpus.labels[0]}: nothing to tell apart")
+    split = split_clips(
+        corpus.targets,
+        corpus.prepared.digests,
+        val_fraction=cfg.val_fraction,
+        holdout_fraction=cfg.holdout_fraction,
+        seed=cfg.seed,
+    )
+    return corpus, split
+
+
 def fit(cfg: Config) -> dict[str, Any]:
     """Train as the config says: data, split, network, epochs, report.
 
@@ -334,14 +357,7 @@ def fit(cfg: Config) -> dict[str, Any]:
     device = resolve_device(cfg.device)
     run_dir, best_path, last_path = Path(cfg.run_dir), Path(cfg.checkpoint), Path(cfg.run_dir, "last.pth")
     _spare_real_model(best_path, cfg)
-    corpus = load_corpus(cfg)
-    split = split_clips(
-        corpus.targets,
-        corpus.prepared.digests,
-        val_fraction=cfg.val_fraction,
-        holdout_fraction=cfg.holdout_fraction,
-        seed=cfg.seed,
-    )
+    corpus, split = load_data(cfg)
     print(describe_split(corpus, split), flush=True)
     loaders = [make_loader(corpus, part, cfg.batch_size, shuffle=part is split.train) for part in split]
     criterion = nn.CrossEntropyLoss(class_weights(corpus.targets[split.train], corpus.labels)).to(device)
@@ -387,7 +403,7 @@ def fit(cfg: Config) -> dict[str, Any]:
     save_figure(run_dir / "confusion_matrix.png", plot_confusion(report.scores, corpus.labels, title))
     metrics = summarize(run, corpus, split, reports)
     with replace_file(run_dir / "metrics.json") as file:
-        file.write(json.dumps(metrics, indent=2).encode())
+        file.write(json.dumps(_without_nan(metrics), indent=2, allow_nan=False).encode())
     print(f"best epoch {run.best.epoch} in {best_path}; figures, history and metrics in {run_dir}")
     return metrics
 
@@ -403,9 +419,9 @@ def _spare_real_model(path: Path, cfg: Config) -> None:
 
 
 def _hash_files(corpus: Corpus, split: Split) -> str:
-    """Stand for the names of all clips, their classes, and the part each is in."""
-    text = repr([(clip.path.name, clip.label) for clip in corpus.clips] + [part.tolist() for part in split])
-    return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+    """Stand for the audio of all clips, their classes, and the part each is in."""
+    text = repr((corpus.prepared.digests, corpus.targets.tolist(), [part.tolist() for part in split]))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:
@@ -432,12 +448,18 @@ class Report(NamedTuple):
             f"{'per class':{width}}  precision  recall     F1  clips",
         ]
         for name, row in self.per_class.items():
-            shares = f"{row['precision']:9.1%}  {row['recall']:6.1%}  {row['f1']:5.1%}"
+            shares = (
+                f"{_percent(row['precision']):>9}  {_percent(row['recall']):>6}  {_percent(row['f1']):>5}"
+            )
             lines.append(f"{name:{width}}  {shares}  {row['clips']:5d}")
         lines.append(f"{'per corpus':{width}}  accuracy  clips")
         for name, row in self.per_corpus.items():
             lines.append(f"{name:{width}}  {row['accuracy']:8.1%}  {row['clips']:5d}")
         return "\n".join(lines)
+
+
+def _percent(share: float) -> str:
+    return "-" if math.isnan(share) else f"{share:.1%}"
 
 
 def measure(
@@ -479,6 +501,13 @@ def summarize(run: Run, corpus: Corpus, split: Split, reports: dict[str, Report]
             for name, report in reports.items()
         },
     }
+
+
+def _without_nan(value: Any) -> Any:  # noqa: ANN401 - whatever JSON can hold
+    """Replace NaN by None: JSON knows null, but no NaN."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def corpus_name(cfg: Config) -> str:

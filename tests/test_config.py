@@ -1,0 +1,546 @@
+"""The settings, the command line made from them, and the wrapper that turns faults into one line."""
+
+import contextlib
+import dataclasses
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import config
+from config import (
+    RESUMABLE_FIELDS,
+    RUNTIME_FIELDS,
+    Config,
+    Interrupted,
+    UserError,
+    command,
+    parse_config,
+    parse_runtime_config,
+    printable,
+)
+
+ROOT = Path(config.__file__).parent
+FIELDS = {field.name: field for field in dataclasses.fields(Config)}
+SCRIPTS = ["prepare.py", "train.py", "inference.py"]
+BACKGROUND = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
+
+
+def other_value(name: str) -> Any:
+    """A valid value of a field that is not its default."""
+    default = FIELDS[name].default
+    if name == "device":
+        return "cuda:1"
+    if isinstance(default, bool):
+        return not default
+    if isinstance(default, str):
+        return f"{default} é"
+    return default + 1 if isinstance(default, int) else (default or 0.2) / 2
+
+
+def run_python(
+    *arguments: str | Path, cwd: Path = ROOT, stdout: int = subprocess.PIPE
+) -> "subprocess.CompletedProcess[str]":
+    """Run a fresh interpreter that finds the modules of the project, or of the copy in cwd."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(cwd), "COLUMNS": "100", "PYTHONUNBUFFERED": ""},
+        stdout=stdout,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def edited_copy(folder: Path, old: str, new: str) -> Path:
+    """A copy of the scripts in which one line of config.py reads otherwise."""
+    for name in SCRIPTS:
+        shutil.copy(ROOT / name, folder)
+    text = (ROOT / "config.py").read_text()
+    assert text.count(old) == 1
+    (folder / "config.py").write_text(text.replace(old, new))
+    return folder
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str, runtime: bool = False) -> str:
+    """The one line that a bad command line ends with."""
+    with pytest.raises(SystemExit) as stopped:
+        (parse_runtime_config if runtime else parse_config)(argv)
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+# ---- values ---------------------------------------------------------------------------------------------
+
+
+def test_defaults_round_trip() -> None:
+    assert Config.from_dict(Config().to_dict()) == Config()
+    assert list(Config().to_dict()) == list(FIELDS)
+
+
+def test_changed_values_round_trip() -> None:
+    changed = Config(**{name: other_value(name) for name in FIELDS})
+    assert Config.from_dict(changed.to_dict()) == changed != Config()
+
+
+@pytest.mark.parametrize(
+    ("extra", "missing", "named"),
+    [
+        ({"batchsize": 3}, "", "batchsize"),
+        ({}, "epochs", "epochs"),
+        ({"a": 1}, "seed", "a, seed"),
+        ({3: 4}, "", "3"),
+    ],
+)
+def test_from_dict_refuses_other_fields(extra: dict[Any, Any], missing: str, named: str) -> None:
+    values = Config().to_dict() | extra
+    values.pop(missing, None)
+    with pytest.raises(UserError, match=f"missing or unknown {named}$"):
+        Config.from_dict(values)
+
+
+def test_from_dict_checks_the_values() -> None:
+    with pytest.raises(UserError, match="epochs = 0"):
+        Config.from_dict(Config().to_dict() | {"epochs": 0})
+
+
+def test_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        Config().epochs = 3  # type: ignore[misc]
+
+
+WRONG_VALUES: dict[object, list[object]] = {
+    int: [None, "3", 3.0, True],
+    float: [None, "0.3", True],
+    str: [None, 3, False, b"x"],
+    bool: [None, "False", 0, 1.0],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name in FIELDS for value in WRONG_VALUES[FIELDS[name].type]]
+)
+def test_wrong_type(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=rf"^{name} = .*: must be (a |True)"):
+        Config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "samples", "frames", "rows"),
+    [
+        ({}, 66150, 130, 120),
+        ({"duration": 1.5}, 33075, 65, 120),
+        ({"sample_rate": 16000}, 48000, 94, 120),
+        ({"hop_length": 256}, 66150, 259, 120),
+        ({"n_mfcc": 13}, 66150, 130, 39),
+    ],
+)
+def test_derived_sizes(changes: dict[str, Any], samples: int, frames: int, rows: int) -> None:
+    cfg = Config(**changes)
+    assert (cfg.n_samples, cfg.n_frames, cfg.n_features) == (samples, frames, rows)
+
+
+@pytest.mark.parametrize(
+    ("changes", "data", "test"),
+    [
+        ({"data_dir": "x"}, "x", "x/Test"),
+        ({"data_dir": "x", "test_dir": "y"}, "x", "y"),
+        ({"demo": True, "data_dir": "x", "test_dir": "y"}, "data/demo", "data/demo/Test"),
+    ],
+)
+def test_derived_folders(changes: dict[str, Any], data: str, test: str) -> None:
+    cfg = Config(**changes)
+    assert (cfg.data_root, cfg.test_root) == (Path(data), Path(test))
+
+
+# What else a value at its bound needs.
+COMPANIONS: dict[tuple[str, str], dict[str, Any]] = {
+    ("sample_rate", "low"): {"duration": 10},
+    ("duration", "low"): {"hop_length": 64},
+    ("n_mfcc", "high"): {"n_mels": 1024},
+    ("n_fft", "low"): {"n_mels": 9, "n_mfcc": 9, "hop_length": 16},
+    ("n_fft", "high"): {},
+    ("hop_length", "high"): {"n_fft": 65536, "duration": 60},
+    ("n_mels", "low"): {"n_mfcc": 1},
+    ("n_mels", "high"): {"n_fft": 8192},
+    ("val_fraction", "high"): {"holdout_fraction": 0},
+}
+SIDES = [(name, side) for name in config._BOUNDS for side in ("low", "high")]
+
+
+def just_past(name: str, side: str) -> float:
+    """The first value of a field's type beyond a bound."""
+    bound = config._BOUNDS[name][side == "high"]
+    step = 1 if side == "high" else -1
+    return bound + step if FIELDS[name].type is int else math.nextafter(bound, step * math.inf)
+
+
+def test_every_number_has_bounds() -> None:
+    assert set(config._BOUNDS) == {name for name, field in FIELDS.items() if field.type in (int, float)}
+
+
+# Never reached: some validation is always left.
+@pytest.mark.parametrize(("name", "side"), [pair for pair in SIDES if pair != ("holdout_fraction", "high")])
+def test_bound_is_allowed(name: str, side: str) -> None:
+    value = config._BOUNDS[name][side == "high"]
+    assert getattr(Config(**COMPANIONS.get((name, side), {}) | {name: value}), name) == value
+
+
+@pytest.mark.parametrize(("name", "side"), SIDES)
+def test_past_a_bound_is_refused(name: str, side: str) -> None:
+    value = just_past(name, side)
+    with pytest.raises(UserError, match=rf"^{name} = {value!r}: must be between"):
+        Config(**COMPANIONS.get((name, side), {}) | {name: value})
+
+
+@pytest.mark.parametrize("name", [name for name in config._BOUNDS if FIELDS[name].type is float])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_not_finite_is_refused(name: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"^{name} = "):
+        Config(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("hop_length", {"hop_length": 2048}, {"hop_length": 2049}),
+        ("n_mels", {"n_mels": 1025}, {"n_mels": 1026}),
+        ("n_mfcc", {"n_mfcc": 128}, {"n_mfcc": 129}),
+        ("duration", {"duration": 8 * 512 / 22050}, {"duration": (8 * 512 - 1) / 22050}),
+        ("holdout_fraction", {"val_fraction": 0.5, "holdout_fraction": 0.4}, {"holdout_fraction": 0.81}),
+        ("device", {"device": "cuda:12"}, {"device": "cuda:"}),
+        ("device", {"device": "mps"}, {"device": "gpu"}),
+        ("device", {"device": "cuda"}, {"device": "cpu\n"}),
+        ("data_dir", {"data_dir": " x"}, {"data_dir": " "}),
+        ("cache_dir", {"cache_dir": "-"}, {"cache_dir": ""}),
+        ("test_dir", {"test_dir": ""}, {"test_dir": "a\0b"}),
+        ("fill", {"fill": ""}, {"fill": "\0"}),
+    ],
+)
+def test_rules_between_fields(name: str, good: dict[str, Any], bad: dict[str, Any]) -> None:
+    Config(**good)
+    with pytest.raises(UserError, match=f"^{name} = "):
+        Config(**bad)
+
+
+@pytest.mark.parametrize("tenths", range(1, 10))
+def test_the_parts_may_leave_a_tenth_for_training(tenths: int) -> None:
+    """0.8 + 0.1 was refused: 0.9 - 0.8 is 0.09999999999999998, and the message said `at most 0.1`."""
+    cfg = Config(val_fraction=tenths / 10, holdout_fraction=(9 - tenths) / 10)
+    assert cfg.holdout_fraction == (9 - tenths) / 10
+
+
+def test_sets_of_fields() -> None:
+    assert RUNTIME_FIELDS < RESUMABLE_FIELDS < set(FIELDS)
+    shapes = {"sample_rate", "duration", "n_mfcc", "n_fft", "hop_length", "n_mels"}
+    assert not RESUMABLE_FIELDS & (shapes | {"conv_channels", "gru_hidden", "seed", "val_fraction"})
+
+
+def test_with_runtime_takes_the_runtime_fields_alone() -> None:
+    changed = Config(**{name: other_value(name) for name in FIELDS})
+    merged = Config().with_runtime(changed)
+    for name in FIELDS:
+        assert getattr(merged, name) == getattr(changed if name in RUNTIME_FIELDS else Config(), name)
+
+
+def test_differences() -> None:
+    changed = Config(epochs=3, fill="Sad")
+    assert Config().differences(changed) == ["epochs: 60 -> 3", "fill: '' -> 'Sad'"]
+    assert Config().differences(changed, ignore=["fill", "seed"]) == ["epochs: 60 -> 3"]
+    assert Config().differences(Config()) == []
+
+
+# ---- flags ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_every_field_has_a_flag(name: str) -> None:
+    value = other_value(name)
+    argv = [f"--{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    assert parse_config(argv) == Config(**{name: value})
+
+
+@pytest.mark.parametrize("name", [name for name, field in FIELDS.items() if field.type is bool])
+def test_no_turns_a_flag_off(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert getattr(parse_config([f"--{name}", f"--no-{name}"]), name) is False
+    assert getattr(parse_config([f"--no-{name}", f"--{name}"]), name) is True
+    monkeypatch.setattr(sys, "argv", ["train.py", f"--{name}"])
+    assert getattr(parse_config(), name) is True
+
+
+def test_no_flags_give_the_defaults() -> None:
+    assert parse_config([]) == Config()
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--batchsize", "3"], "--batchsize"),
+        (["--epoch", "3"], "--epoch"),  # abbreviated
+        (["--learning-rate", "3"], "--learning-rate"),
+        (["--epochs", "3.5"], "--epochs"),
+        (["--epochs", "many"], "--epochs"),
+        (["--epochs"], "--epochs"),
+        (["--epochs", "0"], "epochs = 0"),
+        (["--epochs", "-3"], "epochs = -3"),
+        (["--duration", "long"], "--duration"),
+        (["--learning_rate", "nan"], "learning_rate = nan"),
+        (["--learning_rate", "inf"], "learning_rate = inf"),
+        (["--device", "tpu"], "device = 'tpu'"),
+        (["--data_dir", ""], "data_dir = ''"),
+        (["--demo=yes"], "--demo"),
+        (["--no-epochs"], "--no-epochs"),
+        (["-e", "3"], "-e"),
+        (["clip.wav"], "clip.wav"),
+        (["--a\x1b[2Jb\nc"], r"--a\x1b[2Jb\nc"),
+        (["--device", "a\nb"], r"'a\nb'"),
+        (["--n_mfcc", "200"], "n_mfcc = 200"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_bad_flag(argv: list[str], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert named in refusal(capsys, *argv)
+
+
+@pytest.mark.parametrize(("flag", "runtime"), [("--no-epochs", False), ("--no-data_dir", True)])
+def test_only_a_baked_flag_is_part_of_the_checkpoint(
+    flag: str, runtime: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`train.py --no-epochs` was told that epochs cannot be changed after training."""
+    assert f"unknown argument {flag}" in refusal(capsys, flag, runtime=runtime)
+
+
+def test_inference_takes_paths_and_runtime_flags() -> None:
+    argv = ["--device", "cpu", "a.wav", "b c", "--no-demo"]
+    assert parse_runtime_config(argv) == (Config(device="cpu"), ["a.wav", "b c"])
+    assert parse_runtime_config([]) == (Config(), [])
+    assert parse_runtime_config(["--", "-x.wav"]) == (Config(), ["-x.wav"])
+
+
+@pytest.mark.parametrize("name", sorted(set(FIELDS) - RUNTIME_FIELDS))
+@pytest.mark.parametrize("joined", [True, False])
+def test_inference_refuses_a_baked_flag(name: str, joined: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [f"--{name}=1"] if joined else ["a.wav", f"--{name}", "1"]
+    line = refusal(capsys, *argv, runtime=True)
+    assert f"--{name}" in line
+    assert "part of the checkpoint" in line
+
+
+def test_inference_refuses_an_unknown_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "unknown argument --tta" in refusal(capsys, "--tta", "a.wav", runtime=True)
+
+
+# ---- edits of config.py ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_prints_the_live_default(script: str, tmp_path: Path) -> None:
+    """Default and comment are those of the edited file; model.py is not there, so nothing is loaded."""
+    copy = edited_copy(
+        tmp_path, "batch_size: int = 64  # clips per step", "batch_size: int = 48  # 100% of a step"
+    )
+    result = run_python(script, "--help", cwd=copy)
+    assert (result.returncode, result.stderr) == (0, "")
+    shown = " ".join(result.stdout.split())
+    assert "--batch_size INT 100% of a step [48]" in shown
+    names = RUNTIME_FIELDS if script == "inference.py" else set(FIELDS)
+    assert {name for name in FIELDS if f" --{name} " in shown.replace(",", " ")} == names
+
+
+def test_an_edited_default_arrives(tmp_path: Path) -> None:
+    copy = edited_copy(tmp_path, "epochs: int = 60", "epochs: int = 7")
+    result = run_python("-c", "import config; print(config.parse_config(['--seed', '3']).epochs)", cwd=copy)
+    assert (result.stdout, result.stderr) == ("7\n", "")
+
+
+BAD_EDITS = [  # (line of config.py, bad edit, what the message names)
+    ("batch_size: int = 64", "batch_size = 64", "batch_size has no type"),
+    (
+        "dropout: float = 0.5  # probability, between",
+        "dropout = 0.5  # probability, between",
+        "dropout has no type",
+    ),
+    ("epochs: int = 60", "epochs: int = 60\n    warmup = 5", "warmup has no type"),
+    ("learning_rate: float = 1e-3", 'learning_rate: float = "1e-3"', "learning_rate = '1e-3'"),
+    ("epochs: int = 60", "epochs: int = 60.0", "epochs = 60.0"),
+    ("epochs: int = 60", "epochs: int = 0", "epochs = 0"),
+    ("epochs: int = 60", "epochs: int = None", "epochs = None"),
+    ("n_mfcc: int = 40", "n_mfcc: int = 300", "n_mfcc = 300"),
+    ("demo: bool = False", 'demo: bool = "False"', "demo = 'False'"),
+    ("demo: bool = False", "demo: bool = 0", "demo = 0"),
+    ('data_dir: str = "data/dataset"', 'data_dir: str = ""', "data_dir = ''"),
+    ('device: str = "auto"', 'device: str = "GPU"', "device = 'GPU'"),
+    ("seed: int = 0", "seed: tuple = (0, 1)", "seed = (0, 1)"),
+    ("seed: int = 0", "seed: int = -1", "seed = -1"),
+]
+
+
+@pytest.mark.parametrize(("old", "new", "named"), BAD_EDITS, ids=[new for _, new, _ in BAD_EDITS])
+def test_bad_edit(old: str, new: str, named: str, tmp_path: Path) -> None:
+    result = run_python("prepare.py", cwd=edited_copy(tmp_path, old, new))
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert named in result.stderr
+
+
+def test_untyped_runtime_line_at_inference(tmp_path: Path) -> None:
+    """The parser looked up the field before Config could complain: KeyError with a traceback."""
+    result = run_python("inference.py", cwd=edited_copy(tmp_path, "batch_size: int = 64", "batch_size = 64"))
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "batch_size has no type" in result.stderr
+
+
+# ---- messages and endings -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("a b.wav", "a b.wav"),
+        ("é 日本 😀", "é 日本 😀"),
+        ("\x1b[2J", r"\x1b[2J"),
+        ("a\nb\r\tc", r"a\nb\r\tc"),
+        ("\udcff.wav", r"\udcff.wav"),  # a byte that is not UTF-8, as the file system gives it
+        ("\u202e\u200b\x85", r"\u202e\u200b\x85"),  # reverses, hides, and ends lines
+    ],
+)
+def test_printable(text: str, shown: str) -> None:
+    assert printable(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "line"),
+    [
+        (UserError("no\nway"), 2, r"error: no\nway"),
+        (UserError("half done", code=1), 1, "error: half done"),
+        (Interrupted(signal.SIGINT), 130, "interrupted"),
+        (Interrupted(signal.SIGTERM), 143, "interrupted"),
+        (PermissionError(13, "Permission denied", "a/b"), 1, "error: a/b: Permission denied"),
+        (OSError("odd"), 1, "error: odd"),
+    ],
+)
+def test_command_turns_faults_into_one_line(
+    fault: BaseException, code: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @command
+    def main(_argv: list[str]) -> int:
+        raise fault
+
+    assert main([]) == code
+    assert capsys.readouterr() == ("", f"{line}\n")
+
+
+@pytest.mark.parametrize("fault", [ValueError("bug"), KeyError("bug"), KeyboardInterrupt(), SystemExit(5)])
+def test_command_passes_what_it_does_not_expect(fault: BaseException) -> None:
+    @command
+    def main(_argv: list[str]) -> int:
+        raise fault
+
+    with pytest.raises(type(fault)):
+        main([])
+
+
+def test_command_returns_the_code_and_passes_the_arguments() -> None:
+    @command
+    def main(argv: list[str]) -> int:
+        return len(argv)
+
+    assert main(["a", "b", "c"]) == 3
+    assert main.__name__ == "main"
+
+
+@pytest.mark.parametrize("fault", [None, UserError("x"), ValueError("x")])
+def test_command_restores_the_handlers(fault: Exception | None) -> None:
+    seen = []
+
+    @command
+    def main(_argv: list[str]) -> int:
+        seen.append(signal.getsignal(signal.SIGTERM))
+        if fault:
+            raise fault
+        return 0
+
+    before = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(ValueError, match="x") if isinstance(fault, ValueError) else contextlib.nullcontext():
+        main([])
+    assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+    assert seen != before[1:]
+
+
+SCRIPT = """
+import os, signal, time
+{before}
+from config import command
+
+@command
+def main(argv):
+    {body}
+    return 0
+
+raise SystemExit(main())
+"""
+
+
+def run_main(body: str, before: str = "", **options: Any) -> "subprocess.CompletedProcess[str]":
+    """Run a wrapped main with this body in a process of its own."""
+    return run_python("-c", SCRIPT.format(body=body, before=before), **options)
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_signal_ends_in_good_order(name: str, code: int) -> None:
+    result = run_main(
+        f"""
+    try:
+        os.kill(os.getpid(), signal.{name}); time.sleep(30)
+    finally:
+        print("saved")"""
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (code, "saved\n", "interrupted\n")
+
+
+def test_second_signal_kills_at_once() -> None:
+    result = run_main(
+        """
+    try:
+        os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM); time.sleep(30)"""
+    )
+    assert result.returncode == -signal.SIGTERM
+
+
+def test_background_job_keeps_ignoring_ctrl_c() -> None:
+    assert run_main("os.kill(os.getpid(), signal.SIGINT)", before=BACKGROUND).returncode == 0
+
+
+@pytest.mark.parametrize("size", [3, 1_000_000])
+def test_closed_pipe_is_quiet(size: int) -> None:
+    """A short text stayed in the buffer until the interpreter ended, with 120 and a complaint."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        result = run_main(f"print('x' * {size})", stdout=writer)
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+def test_full_disk_under_stdout_is_one_line() -> None:
+    """As with the closed pipe: a short text was lost with exit code 120 and a complaint."""
+    with Path("/dev/full").open("w") as full:
+        result = run_main("print('x')", stdout=full.fileno())
+    assert (result.returncode, result.stderr) == (1, "error: No space left on device\n")

@@ -1,0 +1,188 @@
+"""Both scripts as a user runs them, on a small synthetic corpus, from a folder that is not the repository."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import pytest
+
+import prepare
+from config import Config
+from model import load_checkpoint
+from prepare import EMOTIONS, cache_key
+
+REPO = Path(__file__).resolve().parents[1]
+SMALL = "--conv_channels 8 --gru_hidden 16 --dropout 0.1 --epochs 14 --learning_rate 3e-3 --batch_size 16"
+TRAIN = [*SMALL.split(), "--val_fraction", "0.15", "--holdout_fraction", "0.15"]
+
+
+def run(script: str | Path, *arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Run a script of the repository to its end."""
+    command = [sys.executable, str(REPO / script), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, check=False, capture_output=True, text=True)
+
+
+def snapshot(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of every file and folder below."""
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+class Story(NamedTuple):
+    """One training and one labelling, in a folder of their own."""
+
+    home: Path
+    training: subprocess.CompletedProcess[str]
+    labelling: subprocess.CompletedProcess[str]
+    data_untouched: bool
+    repo_untouched: bool
+
+
+@pytest.fixture(scope="module")
+def read_only_corpus(demo_corpus: Path) -> Iterator[Path]:
+    """The corpus as it may lie on a shared disk."""
+    for path in [*demo_corpus.rglob("*"), demo_corpus]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    yield demo_corpus
+    for path in [demo_corpus, *demo_corpus.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+@pytest.fixture(scope="module")
+def story(read_only_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """Train, then label."""
+    home = tmp_path_factory.mktemp("home")
+    data, repo = snapshot(read_only_corpus), {path.name for path in REPO.iterdir()}
+    place = ["--data_dir", read_only_corpus, "--device", "cpu", "--num_workers", "2"]
+    training = run("train.py", *place, *TRAIN, cwd=home)
+    labelling = run("inference.py", *place, cwd=home)
+    repo_after = {path.name for path in REPO.iterdir()} - {"__pycache__"}
+    return Story(home, training, labelling, snapshot(read_only_corpus) == data, repo_after <= repo)
+
+
+def test_both_scripts_succeed(story: Story) -> None:
+    """Without a warning, a traceback or a progress bar in what is piped."""
+    for result in (story.training, story.labelling):
+        assert result.returncode == 0, result.stderr
+        assert "Traceback" not in result.stderr
+        assert "Warning" not in result.stderr
+        assert "\r" not in result.stdout + result.stderr
+
+
+def test_files_are_where_the_readme_says(story: Story) -> None:
+    """Model and submission in the working directory, all else in run/ and cache/."""
+    assert {path.name for path in story.home.iterdir()} == {
+        "best_emotion_model.pth",
+        "submission.csv",
+        "run",
+        "cache",
+    }
+    assert {path.name for path in (story.home / "run").iterdir()} == {
+        "last.pth",
+        "history.csv",
+        "metrics.json",
+        "loss.png",
+        "confusion_matrix.png",
+        "lock",
+    }
+
+
+def test_nothing_else_is_written(story: Story) -> None:
+    """The data may be read-only, the repository someone else's."""
+    assert story.data_untouched
+    assert story.repo_untouched
+
+
+def test_scores_are_above_chance(story: Story) -> None:
+    """On 56 clips that were not trained on; guessing gets more than 2 in 7 right in one run of 600."""
+    metrics = json.loads((story.home / "run" / "metrics.json").read_text())
+    n_right = sum(28 * metrics[part]["accuracy"] for part in ("val", "holdout"))
+    assert n_right > 56 * 2 / 7
+
+
+def test_submission_is_complete_and_above_chance(story: Story, demo_corpus: Path) -> None:
+    """Every test clip once, in natural order, and better than 2 in 7."""
+    with (story.home / "submission.csv").open(newline="") as file:
+        header, *rows = csv.reader(file)
+    assert header == ["filename", "emotion"]
+    assert [name for name, _ in rows] == [f"{number}.wav" for number in range(42)]
+    _, *lines = (demo_corpus / "SYNTHETIC.txt").read_text().splitlines()
+    truth = dict(line.split() for line in lines)
+    assert len(truth) == 42
+    assert sum(truth[name] == emotion for name, emotion in rows) > 42 * 2 / 7
+    assert "ids as in" in story.labelling.stdout
+
+
+def test_history_tells_of_every_epoch(story: Story) -> None:
+    """One line printed and one row written each, with a loss that falls."""
+    table = pd.read_csv(story.home / "run" / "history.csv")
+    printed = [line for line in story.training.stdout.splitlines() if line.startswith("epoch")]
+    assert table["epoch"].tolist() == list(range(1, len(printed) + 1))
+    assert table["train_loss"].iloc[-1] < table["train_loss"].iloc[0]
+
+
+def test_checkpoint_describes_the_run(story: Story) -> None:
+    """Classes, clip counts, and the settings given as flags."""
+    checkpoint = load_checkpoint(story.home / "best_emotion_model.pth")
+    assert checkpoint.labels == tuple(EMOTIONS)
+    assert checkpoint.n_clips == dict.fromkeys(EMOTIONS, 16)
+    assert (checkpoint.config.conv_channels, checkpoint.config.learning_rate) == (8, 3e-3)
+
+
+def cached(home: Path) -> dict[str, bytes]:
+    """The features in a cache, by file."""
+    (folder,) = (home / "cache").iterdir()
+    found: dict[str, bytes] = {}
+    for table in folder.glob("*.json"):
+        clips = json.loads(table.read_text())["clips"]
+        shard = np.fromfile(table.with_suffix(".f32"), np.float32).reshape(len(clips), -1)
+        found |= {clip[0]: row.tobytes() for clip, row in zip(clips, shard, strict=True)}
+    return found
+
+
+DRIVER = """
+import sys
+
+import prepare
+
+prepare.START_METHOD = "spawn"
+if __name__ == "__main__":
+    raise SystemExit(prepare.main(sys.argv[1:]))
+"""
+
+
+def test_prepare_alone(story: Story, read_only_corpus: Path, tmp_path: Path) -> None:
+    """A table of clips; worker processes are started as on Windows and macOS, to the same result."""
+    (tmp_path / "driver.py").write_text(DRIVER)
+    command = [sys.executable, "driver.py", "--data_dir", str(read_only_corpus), "--num_workers", "2"]
+    result = subprocess.run(
+        command,
+        cwd=tmp_path,
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(REPO)},
+    )
+    assert result.returncode == 0, result.stderr
+    header, *rows = (line.split() for line in result.stdout.splitlines())
+    assert header == ["class", "clips", "seconds"]
+    assert [row[0] for row in rows] == [*EMOTIONS, "total"]
+    assert [int(row[1]) for row in rows] == [24] * 7 + [168]
+    assert 168 < int(rows[-1][2]) < 3 * 168
+    assert cached(tmp_path) == cached(story.home)
+    assert (tmp_path / "cache" / cache_key(Config())).is_dir()
+
+
+def test_prepared_features_are_used_again(story: Story, read_only_corpus: Path, tmp_path: Path) -> None:
+    """A second look at the same data extracts nothing."""
+    shutil.copytree(story.home / "cache", tmp_path / "cache", copy_function=shutil.copy2)
+    before = snapshot(tmp_path / "cache")
+    assert prepare.main(["--data_dir", str(read_only_corpus), "--cache_dir", str(tmp_path / "cache")]) == 0
+    assert snapshot(tmp_path / "cache") == before

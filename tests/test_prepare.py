@@ -1,0 +1,1245 @@
+"""Finding, reading, extracting, caching and splitting clips, against librosa, SciPy and NumPy."""
+
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import select
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import librosa
+import numpy as np
+import pytest
+import scipy.fft
+import soundfile
+import torch
+
+import prepare
+from config import Config, UserError
+from prepare import (
+    AudioError,
+    Clip,
+    ClipFeatures,
+    cache_key,
+    dct_matrix,
+    delta_matrix,
+    extract_features,
+    extract_file,
+    feature_stats,
+    find_audio,
+    find_labels,
+    fix_length,
+    iter_features,
+    list_clips,
+    load_audio,
+    load_corpus,
+    load_features,
+    make_demo,
+    mel_filters,
+    source_of,
+    split_clips,
+    write_demo,
+)
+
+from .conftest import RATE, tone
+
+FORK = pytest.mark.skipif(prepare.START_METHOD != "fork", reason="the patch reaches workers by fork alone")
+SHORT = Config(duration=0.5, num_workers=0)  # enough for what is not about the features
+
+
+def write_noise(path: Path, *, seed: int = 0, seconds: float = 0.4, rate: int = RATE, **options: Any) -> Path:
+    """A clip unlike that of any other seed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wave = 0.2 * np.random.default_rng(seed).normal(size=round(seconds * rate)).clip(-4, 4)
+    soundfile.write(path, wave, rate, **options)
+    return path
+
+
+def write_clips(folder: Path, count: int) -> list[Path]:
+    """Several short clips, sorted."""
+    return [write_noise(folder / f"{number:02d}.wav", seed=number) for number in range(count)]
+
+
+def direct(paths: Sequence[Path], cfg: Config = SHORT) -> np.ndarray:
+    """The features of the files, without workers and cache."""
+    return np.stack([extract_file(path, cfg).features for path in paths])
+
+
+def all_features(paths: Sequence[Path], cfg: Config) -> np.ndarray:
+    """The features of the files, through the cache."""
+    prepared = load_features(paths, cfg)
+    return prepared.features[np.arange(len(prepared.indices))]
+
+
+@pytest.fixture
+def cached(tmp_path: Path) -> Config:
+    """Short clips, and a cache in tmp_path."""
+    return Config(duration=0.5, num_workers=0, cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def extracted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that were extracted and not taken from the cache."""
+    names: list[str] = []
+
+    def recording(paths: Sequence[Path], cfg: Config) -> Iterator[ClipFeatures | AudioError]:
+        names.extend(path.name for path in paths)
+        return iter_features(paths, cfg)
+
+    monkeypatch.setattr(prepare, "iter_features", recording)
+    return names
+
+
+# ---- finding clips --------------------------------------------------------------------------------------
+
+
+def touch(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).touch()
+
+
+def test_find_audio(tmp_path: Path) -> None:
+    audio = [
+        "B.WAV",
+        "a/b/deep.Flac",
+        "a.ogg",
+        "a10.mp3",
+        "a9.opus",
+        "c.aif",
+        "c.aiff",
+        "d.au",
+        "e.caf",
+        "no.m4a",
+    ]
+    junk = [
+        "notes.txt",
+        "._a.wav",
+        ".hidden/a.wav",
+        ".DS_Store",
+        "__MACOSX/a.wav",
+        "Thumbs.db",
+        "wav",
+        "a.wav.bak",
+    ]
+    touch(tmp_path, *audio, *junk)
+    (tmp_path / "folder.wav").mkdir()
+    touch(tmp_path, "folder.wav/inside.wav")
+    found = [path.relative_to(tmp_path).as_posix() for path in find_audio(tmp_path)]
+    assert found == sorted([*audio, "folder.wav/inside.wav"])
+
+
+def test_find_audio_survives_a_loop_of_links(tmp_path: Path) -> None:
+    touch(tmp_path, "a/x.wav")
+    (tmp_path / "a" / "up").symlink_to(tmp_path, target_is_directory=True)
+    assert find_audio(tmp_path) == [tmp_path / "a" / "x.wav"]
+
+
+def test_find_labels_spells_as_on_disk(tmp_path: Path) -> None:
+    for name in ("Suprised", "Angry", "sad", "Test", ".git", "__MACOSX", "é"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "readme.wav").touch()
+    assert find_labels(tmp_path) == ("Angry", "Suprised", "sad", "é")
+
+
+def test_find_labels_leaves_out_the_test_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, "data/Angry/a.wav", "data/unlabelled/b.wav")
+    monkeypatch.chdir(tmp_path)
+    assert find_labels(Path("data"), skip=tmp_path / "data" / "unlabelled") == ("Angry",)
+    assert find_labels(Path("data"), skip=Path("elsewhere")) == ("Angry", "unlabelled")
+
+
+@pytest.mark.parametrize("made", ["", "file", "Test", ".hidden"])
+def test_find_labels_without_classes(made: str, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    if made == "file":
+        folder.touch()
+    elif made:
+        (folder / made).mkdir(parents=True)
+    with pytest.raises(UserError, match=str(folder)) as raised:
+        find_labels(folder)
+    assert raised.value.code == 2
+
+
+def test_shuffled_listing_gives_the_same_clips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [f"{label}/{sub}{k}.wav" for label in "CAB" for sub in ("", "x/", "y/") for k in range(5)]
+    touch(tmp_path, *names)
+    expected = list_clips(tmp_path, find_labels(tmp_path))
+    assert expected == [Clip(tmp_path / name, "ABC".index(name[0])) for name in sorted(names)]
+    walk, iterdir = os.walk, Path.iterdir
+
+    def shuffled_walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+        for parent, folders, files in walk(folder):
+            random.Random(1).shuffle(folders)
+            yield parent, folders, random.Random(2).sample(files, len(files))
+
+    monkeypatch.setattr(os, "walk", shuffled_walk)
+    monkeypatch.setattr(Path, "iterdir", lambda folder: iter(sorted(iterdir(folder), reverse=True)))
+    assert list_clips(tmp_path, find_labels(tmp_path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("stem", "corpus", "speaker"),
+    [
+        ("1001_DFA_ANG_XX", "CREMA-D", "CREMA-D 1001"),
+        ("1040_ITH_SAD_X", "CREMA-D", "CREMA-D 1040"),  # so named in the corpus
+        ("1091_WSI_HAP_HI", "CREMA-D", "CREMA-D 1091"),
+        ("03-01-06-01-02-01-12", "RAVDESS speech", "RAVDESS 12"),
+        ("03-02-06-01-02-01-12", "RAVDESS song", "RAVDESS 12"),
+        ("DC_a01", "SAVEE", "SAVEE DC"),
+        ("KL_sa15", "SAVEE", "SAVEE KL"),
+        ("JK_su03", "SAVEE", "SAVEE JK"),
+        ("OAF_back_angry", "TESS", "TESS OA"),
+        ("YAF_youth_ps", "TESS", "TESS YA"),
+        ("OA_bite_neutral", "TESS", "TESS OA"),  # so named in the corpus
+        ("spk03_take01", "synthetic", "synthetic 03"),
+        ("recording 7", "other", ""),
+        ("1001_DFA_ANG_XX (copy)", "other", ""),
+        ("03-03-06-01-02-01-12", "other", ""),
+        ("DC_x01", "other", ""),
+    ],
+)
+def test_source_of(stem: str, corpus: str, speaker: str) -> None:
+    assert source_of(Path("any") / f"{stem}.wav") == (corpus, speaker)
+
+
+# ---- audio ----------------------------------------------------------------------------------------------
+
+load = functools.partial(load_audio, sample_rate=RATE, n_samples=66150)
+FORMATS = [  # (suffix, rate, channels, options of soundfile.write)
+    ("wav", 22050, 1, {}),
+    ("wav", 8000, 2, {}),
+    ("wav", 16000, 1, {"subtype": "PCM_24"}),
+    ("wav", 44100, 2, {"subtype": "FLOAT"}),
+    ("wav", 48000, 1, {"subtype": "DOUBLE"}),
+    ("wav", 192000, 1, {"subtype": "PCM_U8"}),
+    ("flac", 44100, 1, {}),
+    ("flac", 8000, 2, {"subtype": "PCM_24"}),
+    ("ogg", 44100, 2, {}),
+    ("mp3", 44100, 1, {}),
+    ("mp3", 48000, 2, {}),
+    ("aiff", 48000, 2, {}),
+    ("aif", 16000, 1, {"format": "AIFF"}),
+    ("au", 8000, 1, {}),
+    ("caf", 44100, 6, {}),
+    ("opus", 48000, 2, {"format": "OGG", "subtype": "OPUS"}),
+]
+
+
+@pytest.mark.filterwarnings("ignore:'(aifc|audioop|sunau)' is deprecated")  # librosa.load imports audioread
+@pytest.mark.parametrize("seconds", [0.7, 4.1])
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+def test_load_audio_equals_librosa(
+    form: tuple[str, int, int, dict[str, Any]], seconds: float, tmp_path: Path
+) -> None:
+    suffix, rate, channels, options = form
+    path = tmp_path / f"clip.{suffix}"
+    rng = np.random.default_rng(0)
+    wave = np.stack([tone(300 + 100 * k, seconds, rate) for k in range(channels)], axis=1)
+    soundfile.write(path, 0.5 * wave + 0.05 * rng.normal(size=wave.shape), rate, **options)
+    expected, _ = librosa.load(path, sr=RATE)
+    ours = load(path)
+    assert ours.dtype == np.float32
+    assert ours.shape == expected[:66150].shape
+    assert 0.05 < np.abs(ours).max() < 1
+    np.testing.assert_allclose(ours, expected[:66150], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rate", [1000, 8000, 22050, 44100, 48000, 768_000])
+@pytest.mark.parametrize("n_samples", [1, 1102, 30000])
+def test_only_the_start_of_a_long_file_is_read(
+    rate: int, n_samples: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what is read is enough: the last samples are those that the whole file gives.
+
+    The margin was counted in samples of the result: 46 of the file at 1,000 Hz, too few for the resampler.
+    """
+    path = write_noise(tmp_path / "long.wav", seconds=6, rate=rate)
+    whole = load_audio(path, sample_rate=RATE, n_samples=10**9)[:n_samples]
+    asked = []
+    read = soundfile.SoundFile.read
+
+    def spy(file: soundfile.SoundFile, frames: int, **options: Any) -> np.ndarray:
+        asked.append(frames)
+        return read(file, frames, **options)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", spy)
+    start = load_audio(path, sample_rate=RATE, n_samples=n_samples)
+    np.testing.assert_allclose(start, whole, rtol=0, atol=1e-6)
+    assert start.size == n_samples
+    assert 0 <= sum(asked) - n_samples * rate / RATE <= 2048 * max(1, rate / RATE)
+
+
+@pytest.mark.parametrize("size", [1, 99, 100, 101, 500])
+def test_fix_length(size: int) -> None:
+    wave = np.arange(1, size + 1, dtype=np.float32)
+    fixed = fix_length(wave, 100)
+    assert (fixed.shape, fixed.dtype) == ((100,), np.float32)
+    np.testing.assert_array_equal(fixed[: min(size, 100)], wave[:100])
+    assert not fixed[size:].any()
+
+
+def write_wave(path: Path, wave: Any, rate: int = RATE) -> None:
+    soundfile.write(path, np.asarray(wave, np.float32), rate, subtype="FLOAT", format="WAV")
+
+
+def cut_header(path: Path) -> None:
+    write_noise(path)
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def forbid(path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    write_noise(path).chmod(0)
+
+
+BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {  # (file name, how to make it, reason)
+    "empty": ("a.wav", Path.touch, ""),
+    "cut header": ("a.wav", cut_header, ""),
+    "text": ("a.wav", lambda path: path.write_text("hello " * 99), ""),
+    "html as mp3": ("a.mp3", lambda path: path.write_text("<html>" * 99), ""),
+    "zeros": ("a.flac", lambda path: path.write_bytes(bytes(5000)), ""),
+    "folder": ("a.wav", Path.mkdir, "not a regular file"),
+    "missing": ("a.wav", lambda _: None, "No such file"),
+    "dangling link": ("a.wav", lambda path: path.symlink_to("nowhere.wav"), "No such file"),
+    "no permission": ("a.wav", forbid, ""),
+    "NaN": ("a.wav", lambda path: write_wave(path, [0.1, np.nan, 0.2] * 999), "NaN"),
+    "infinite": ("a.wav", lambda path: write_wave(path, [0.1, -np.inf, 0.2] * 999), "infinite"),
+    "huge": ("a.wav", lambda path: write_wave(path, [1e30, -1e30] * 999), "samples as large as 1e+30"),
+    "no samples": ("a.wav", lambda path: write_wave(path, []), "no samples"),
+    "17 channels": ("a.wav", lambda path: write_wave(path, np.zeros((999, 17))), "17 channels"),
+    "1 Hz": ("a.wav", lambda path: write_wave(path, np.zeros(999), rate=1), "1 Hz"),
+    "1 MHz": ("a.wav", lambda path: write_wave(path, np.zeros(999), rate=1_000_000), "1000000 Hz"),
+    "m4a": ("a.m4a", lambda path: path.write_bytes(bytes(999)), "m4a cannot be decoded: convert it to wav"),
+    "wma in capitals": ("a.WMA", lambda path: path.write_bytes(bytes(999)), "convert it to wav"),
+}
+
+
+@pytest.mark.parametrize(("name", "make", "reason"), BAD_FILES.values(), ids=BAD_FILES)
+def test_bad_file(name: str, make: Callable[[Path], object], reason: str, tmp_path: Path) -> None:
+    make(tmp_path / name)
+    with pytest.raises(AudioError) as raised:
+        extract_file(tmp_path / name, SHORT)
+    assert raised.value.path == tmp_path / name
+    assert str(raised.value) == f"{tmp_path / name}: {raised.value.reason}"
+    assert "\n" not in raised.value.reason
+    assert raised.value.reason
+    assert reason in raised.value.reason
+
+
+@pytest.mark.parametrize("channels", [1, 2, 16])
+@pytest.mark.parametrize("rate", [1000, 768_000])
+def test_odd_but_allowed(channels: int, rate: int, tmp_path: Path) -> None:
+    write_wave(tmp_path / "a.wav", np.full((rate // 2, channels), 0.25), rate)
+    wave = load(tmp_path / "a.wav")
+    assert wave.size == pytest.approx(RATE / 2, abs=1)
+    assert wave[wave.size // 2] == pytest.approx(0.25, abs=0.01)
+
+
+def test_a_cut_file_gives_what_it_has(tmp_path: Path) -> None:
+    path = write_noise(tmp_path / "a.wav", seconds=1)
+    whole = load(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    half = load(path)
+    assert half.size == pytest.approx(whole.size / 2, abs=50)
+    np.testing.assert_array_equal(half, whole[: half.size])
+
+
+@FORK
+def test_fifo_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.wav")
+
+    def read() -> None:
+        with pytest.raises(AudioError, match="not a regular file"):
+            load(tmp_path / "a.wav")
+
+    process = multiprocessing.get_context("fork").Process(target=read)
+    process.start()
+    process.join(30)
+    process.kill()
+    assert process.exitcode == 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text on Windows")
+@pytest.mark.parametrize("name", ["é 日本.wav", "a\nb.wav", "'\"%s.wav", os.fsdecode(b"\xff\xfe.wav")])
+def test_any_file_name_is_read_and_cached(
+    name: str, tmp_path: Path, cached: Config, extracted: list[str]
+) -> None:
+    """Names that are not UTF-8 ended the run: soundfile raises UnicodeEncodeError for them."""
+    path = write_noise(tmp_path / "a.wav").rename(tmp_path / name)
+    for _ in range(2):
+        np.testing.assert_array_equal(all_features([path], cached), direct([path]))
+    assert extracted == [name]
+
+
+def test_audio_error_survives_pickling() -> None:
+    error = pickle.loads(pickle.dumps(AudioError(Path("a.wav"), "empty")))
+    assert (error.path, error.reason, str(error)) == (Path("a.wav"), "empty", "a.wav: empty")
+
+
+# ---- features -------------------------------------------------------------------------------------------
+
+SETTINGS = [
+    Config(),
+    Config(n_fft=1024, hop_length=256, n_mels=64, n_mfcc=20),
+    Config(sample_rate=16000, n_mfcc=13, n_mels=40, n_fft=512, hop_length=160),
+    Config(sample_rate=8000, n_fft=2000, hop_length=700, n_mels=90, n_mfcc=90),
+    Config(sample_rate=1500, n_fft=256, hop_length=64, n_mels=20, n_mfcc=20),  # all mels are linear
+]
+WAVES: dict[str, Callable[[int], np.ndarray]] = {  # of a sample rate
+    "noise": lambda rate: np.random.default_rng(0).normal(0, 0.1, 3 * rate),
+    "tone": functools.partial(tone, 440, 3),
+    "short tone": lambda rate: tone(300, 0.8, rate),
+    "click": lambda _: np.array([1.0]),
+    "faint": lambda rate: 1e-5 * np.random.default_rng(0).normal(size=2 * rate),
+    "silence": np.zeros,
+}
+
+
+def reference(wave: np.ndarray, cfg: Config) -> np.ndarray:
+    """The features as librosa gives them."""
+    mfcc = librosa.feature.mfcc(
+        y=wave,
+        sr=cfg.sample_rate,
+        n_mfcc=cfg.n_mfcc,
+        n_fft=cfg.n_fft,
+        hop_length=cfg.hop_length,
+        n_mels=cfg.n_mels,
+    )
+    return np.concatenate([mfcc, librosa.feature.delta(mfcc), librosa.feature.delta(mfcc, order=2)])
+
+
+def ours(wave: np.ndarray, cfg: Config) -> np.ndarray:
+    return extract_features(torch.from_numpy(wave)[None], cfg)[0].numpy()
+
+
+@pytest.mark.filterwarnings("ignore:Empty filters detected")  # librosa's word on many bands at a low rate
+@pytest.mark.parametrize("make", WAVES.values(), ids=WAVES)
+@pytest.mark.parametrize("cfg", SETTINGS, ids=lambda cfg: str(cfg.sample_rate))
+def test_features_equal_librosa(cfg: Config, make: Callable[[int], np.ndarray]) -> None:
+    wave = fix_length(make(cfg.sample_rate).astype(np.float32), cfg.n_samples)
+    features = ours(wave, cfg)
+    assert features.shape == (cfg.n_features, cfg.n_frames)
+    np.testing.assert_allclose(features, reference(wave, cfg), rtol=0, atol=2e-3)
+
+
+def test_features_of_speech_like_clips_equal_librosa(demo_corpus: Path) -> None:
+    for path in find_audio(demo_corpus)[::30]:
+        wave = fix_length(load(path), 66150)
+        np.testing.assert_allclose(
+            extract_file(path, Config()).features, reference(wave, Config()), atol=2e-3
+        )
+
+
+def test_silence() -> None:
+    features = ours(np.zeros(66150, np.float32), Config())
+    np.testing.assert_allclose(features[0], -1131.371, atol=1e-2)
+    np.testing.assert_allclose(features[1:], 0, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:Empty filters detected")
+@pytest.mark.parametrize(
+    ("rate", "n_fft", "n_mels"), [(22050, 2048, 128), (16000, 512, 40), (8000, 400, 80), (1500, 256, 20)]
+)
+def test_mel_filters_equal_librosa(rate: int, n_fft: int, n_mels: int) -> None:
+    expected = librosa.filters.mel(sr=rate, n_fft=n_fft, n_mels=n_mels)
+    np.testing.assert_allclose(mel_filters(rate, n_fft, n_mels).numpy(), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("n_mfcc", "n_mels"), [(40, 128), (13, 40), (20, 20), (1, 1)])
+def test_dct_matrix_equals_scipy(n_mfcc: int, n_mels: int) -> None:
+    expected = scipy.fft.dct(np.eye(n_mels), type=2, axis=0, norm="ortho")[:n_mfcc]
+    np.testing.assert_allclose(dct_matrix(n_mfcc, n_mels).numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("n_frames", [9, 10, 130])
+def test_delta_of_polynomials(n_frames: int) -> None:
+    """The slope of a ramp and the bend of a parabola, at the ends as well."""
+    time = torch.arange(n_frames) / 10
+    first, second = delta_matrix(n_frames, 1), delta_matrix(n_frames, 2)
+    for slope in (0.0, -2.0, 5.0):
+        torch.testing.assert_close(
+            (slope * time + 3) @ first, torch.full((n_frames,), slope / 10), rtol=0, atol=1e-4
+        )
+        torch.testing.assert_close((slope * time + 3) @ second, torch.zeros(n_frames), rtol=0, atol=1e-4)
+    bend = (100 * time**2) @ second
+    torch.testing.assert_close(bend, torch.full((n_frames,), 2.0), rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("hertz", [60, 220, 997, 1003, 3000, 9000])
+def test_tone_peaks_in_its_mel_band(hertz: int) -> None:
+    """With as many coefficients as bands the DCT can be undone."""
+    cfg = Config(n_mfcc=128)
+    mfcc = ours(tone(hertz, 3), cfg)[:128]
+    band = (dct_matrix(128, 128).numpy().T @ mfcc)[:, 60].argmax()
+    edges = librosa.mel_frequencies(130, fmin=0, fmax=RATE / 2)
+    assert edges[band] < hertz < edges[band + 2]
+
+
+def test_features_do_not_depend_on_neighbours(rng: np.random.Generator) -> None:
+    loudness = np.array([[1e-4], [1e-2], [0.3], [0.9]])
+    waves = torch.from_numpy((loudness * rng.normal(size=(4, 66150))).astype(np.float32))
+    together = extract_features(waves, Config())
+    for k in range(4):
+        torch.testing.assert_close(
+            together[k], extract_features(waves[k : k + 1], Config())[0], rtol=0, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("size", [8 * 512, 6615, 66150, 66151, 661_500])
+def test_shape_for_other_lengths(size: int) -> None:
+    features = extract_features(0.1 * torch.ones(2, size), Config())
+    assert features.shape == (2, 120, 1 + size // 512)
+    assert features.isfinite().all()
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.5, 2.99, 3.0, 9.0])
+def test_extract_file(seconds: float, tmp_path: Path) -> None:
+    path = write_noise(tmp_path / "a.wav", seconds=seconds)
+    result = extract_file(path, Config())
+    assert (result.path, result.features.shape, result.features.dtype) == (path, (120, 130), np.float32)
+    assert result.seconds == pytest.approx(min(seconds, 3), abs=1e-3)
+    assert result.digest != extract_file(write_noise(tmp_path / "b.wav", seed=1), Config()).digest
+
+
+# ---- many files, all cores ------------------------------------------------------------------------------
+
+TWO = Config(duration=0.5, num_workers=2)
+
+
+def results_of(paths: Sequence[Path], cfg: Config) -> list[tuple[Path, bytes | str]]:
+    """What iter_features yields, in a form to compare."""
+    return [
+        (r.path, r.reason if isinstance(r, AudioError) else r.features.tobytes())
+        for r in iter_features(paths, cfg)
+    ]
+
+
+@pytest.fixture
+def mixed_clips(tmp_path: Path) -> list[Path]:
+    """Twenty-three clips, in no sorted order, of which two are unreadable."""
+    paths = write_clips(tmp_path / "clips", 23)
+    paths[4].write_text("not audio")
+    paths[22].unlink()
+    return random.Random(0).sample(paths, len(paths))
+
+
+def test_workers_change_nothing(mixed_clips: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = results_of(mixed_clips, SHORT)
+    assert [path for path, _ in alone] == mixed_clips
+    assert sum(isinstance(content, str) for _, content in alone) == 2
+    monkeypatch.setattr(prepare, "CHUNK", 2)
+    pools = []
+    make_pool = prepare._make_pool
+    monkeypatch.setattr(prepare, "_make_pool", lambda n: pools.append(n) or make_pool(n))
+    assert results_of(mixed_clips, TWO) == alone
+    assert pools == [2]
+
+
+def test_workers_by_spawn(mixed_clips: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS and Windows: a worker starts bare and imports the project."""
+    monkeypatch.setattr(prepare, "CHUNK", 5)
+    monkeypatch.setattr(prepare, "START_METHOD", "spawn")
+    assert results_of(mixed_clips, TWO) == results_of(mixed_clips, SHORT)
+
+
+@pytest.mark.parametrize(("count", "workers"), [(63, -1), (64, 0), (64, 1), (0, -1)])
+def test_no_process_is_started_for_little(count: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "_make_pool", None)
+    monkeypatch.setattr(
+        prepare, "extract_file", lambda path, _: ClipFeatures(path, np.zeros((1, 1), "f4"), 0, "")
+    )
+    paths = [Path(str(k)) for k in range(count)]
+    assert [r.path for r in iter_features(paths, Config(num_workers=workers))] == paths
+
+
+def crash_on(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    """Make the decoder end the process at some files."""
+    original = load_audio
+
+    def crashing(path: Path, **options: Any) -> np.ndarray:
+        if path.name in names:
+            os._exit(139)
+        return original(path, **options)
+
+    monkeypatch.setattr(prepare, "load_audio", crashing)
+    monkeypatch.setattr(prepare, "CHUNK", 3)
+
+
+@FORK
+@pytest.mark.parametrize("names", [["00.wav"], ["07.wav"], ["22.wav"], ["03.wav", "04.wav", "20.wav"]])
+def test_decoder_crash_costs_one_file(
+    names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_clips(tmp_path / "clips", 23)
+    expected = dict(results_of(paths, SHORT)) | {
+        tmp_path / "clips" / n: "crashed the audio decoder" for n in names
+    }
+    crash_on(monkeypatch, *names)
+    assert results_of(paths, TWO) == list(expected.items())
+
+
+@FORK
+def test_decoder_crash_while_the_reader_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pool was found broken when the next chunk was submitted, outside of the try: BrokenProcessPool."""
+    paths = write_clips(tmp_path / "clips", 30)
+    crash_on(monkeypatch, "05.wav")
+    results = iter_features(paths, TWO)
+    first = next(results)
+    wait_until(lambda: not multiprocessing.active_children())
+    rest = list(results)
+    assert [result.path for result in [first, *rest]] == paths
+    assert [result.path.name for result in rest if isinstance(result, AudioError)] == ["05.wav"]
+
+
+def wait_until(done: Callable[[], bool]) -> None:
+    """Wait for what happens in another process; fail after half a minute."""
+    for _ in range(3000):
+        if done():
+            return
+        time.sleep(0.01)
+    pytest.fail("waited in vain")
+
+
+@FORK
+def test_workers_end_with_their_parent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe whose other end all of them hold closes when the last of them is gone."""
+    monkeypatch.setattr(prepare, "CHUNK", 1)
+    monkeypatch.setattr(
+        prepare, "load_audio", lambda path, **_: (path.with_suffix(".on").touch(), time.sleep(120))
+    )
+    paths = write_clips(tmp_path, 4)
+    reader, writer = os.pipe()
+    parent = multiprocessing.get_context("fork").Process(target=lambda: list(iter_features(paths, TWO)))
+    parent.start()
+    os.close(writer)
+    wait_until(lambda: len(list(tmp_path.glob("*.on"))) == 2)
+    parent.kill()
+    parent.join()
+    assert parent.exitcode == -signal.SIGKILL
+    gone, _, _ = select.select([reader], [], [], 30)
+    os.close(reader)
+    assert gone
+
+
+@FORK
+def test_reader_that_stops_early_leaves_no_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "CHUNK", 1)
+    results = iter_features(write_clips(tmp_path, 12), TWO)
+    next(results)
+    results.close()
+    wait_until(lambda: not multiprocessing.active_children())
+
+
+def test_n_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 3, 5}, raising=False)
+    assert [prepare.n_processes(Config(num_workers=n)) for n in (-1, 0, 7)] == [3, 0, 7]
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert prepare.n_processes(Config()) == 6
+
+
+# ---- cache ----------------------------------------------------------------------------------------------
+
+
+def test_second_run_extracts_nothing(tmp_path: Path, cached: Config, extracted: list[str]) -> None:
+    paths = write_clips(tmp_path / "clips", 5)
+    first = load_features(paths, cached)
+    assert len(extracted) == 5
+    second = load_features(paths, cached)
+    assert len(extracted) == 5
+    for prepared in (first, second):
+        np.testing.assert_array_equal(prepared.features[np.arange(5)], direct(paths))
+        np.testing.assert_allclose(prepared.seconds, 0.4, atol=1e-3)
+        assert prepared.digests == [extract_file(path, cached).digest for path in paths]
+        assert (prepared.indices.tolist(), prepared.failures) == ([0, 1, 2, 3, 4], [])
+
+
+def test_order_and_choice_of_files_are_free(tmp_path: Path, cached: Config, extracted: list[str]) -> None:
+    paths = write_clips(tmp_path / "clips", 5)
+    load_features(paths, cached)
+    some = [paths[k] for k in (3, 0, 3, 4)]
+    np.testing.assert_array_equal(all_features(some, cached), direct(some))
+    assert len(extracted) == 5
+
+
+def replace(path: Path) -> None:
+    write_noise(path, seed=99)
+    os.utime(path, ns=(1, 1))
+
+
+CHANGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {  # (change of 02.wav, what is extracted)
+    "nothing": (lambda _: None, []),
+    "changed": (replace, ["02.wav"]),
+    "longer": (lambda path: write_noise(path, seconds=0.45), ["02.wav"]),
+    "touched": (lambda path: os.utime(path, ns=(5, 5)), ["02.wav"]),
+    "added": (lambda path: write_noise(path.with_name("09.wav"), seed=9), ["09.wav"]),
+    "removed": (Path.unlink, []),
+    "renamed": (lambda path: path.rename(path.with_name("x.wav")), ["x.wav"]),
+}
+
+
+@pytest.mark.parametrize(("change", "again"), CHANGES.values(), ids=CHANGES)
+def test_a_change_costs_one_file(
+    change: Callable[[Path], object], again: list[str], tmp_path: Path, cached: Config, extracted: list[str]
+) -> None:
+    load_features(write_clips(tmp_path / "clips", 5), cached)
+    extracted.clear()
+    change(tmp_path / "clips" / "02.wav")
+    for _ in range(2):
+        paths = find_audio(tmp_path / "clips")
+        np.testing.assert_array_equal(all_features(paths, cached), direct(paths))
+    assert extracted == again
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sample_rate": 16000},
+        {"duration": 0.6},
+        {"n_mfcc": 13},
+        {"n_fft": 1024},
+        {"hop_length": 256},
+        {"n_mels": 64},
+    ],
+    ids=str,
+)
+def test_audio_settings_have_a_cache_of_their_own(
+    change: dict[str, Any], tmp_path: Path, cached: Config, extracted: list[str]
+) -> None:
+    path = write_noise(tmp_path / "a.wav", seconds=1)
+    other = Config(**cached.to_dict() | change)
+    assert cache_key(other) != cache_key(cached)
+    for cfg in (cached, other, cached, other):
+        np.testing.assert_array_equal(all_features([path], cfg), direct([path], cfg))
+    assert len(extracted) == 2
+
+
+def test_other_settings_share_the_cache() -> None:
+    other = Config(batch_size=3, epochs=5, num_workers=0, seed=7, dropout=0.1, device="cpu", val_fraction=0.3)
+    assert cache_key(other) == cache_key(Config())
+
+
+def test_new_code_has_a_cache_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cache_key(SHORT)
+    monkeypatch.setattr(prepare, "fix_length", lambda wave, n: wave[-n:])
+    assert cache_key(SHORT) != before
+
+
+def shard_of(cfg: Config, suffix: str = ".f32") -> Path:
+    """The only shard of the cache, or its table."""
+    (shard,) = Path(cfg.cache_dir, cache_key(cfg)).glob(f"*{suffix}")
+    return shard
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    os.utime(path, ns=(7, 7))  # at once after the writing the time could be the same
+
+
+def edit_table(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {  # (which file, what happens to it)
+    "truncated shard": (".f32", lambda path: os.truncate(path, 1000)),
+    "longer shard": (".f32", lambda path: path.write_bytes(path.read_bytes() + b"1234")),
+    "empty shard": (".f32", lambda path: os.truncate(path, 0)),
+    "missing shard": (".f32", Path.unlink),
+    "flipped bit": (".f32", flip),
+    "empty table": (".json", lambda path: path.write_text("")),
+    "garbage": (".json", lambda path: path.write_bytes(b"\xff\x00{")),
+    "other json": (".json", lambda path: path.write_text("[1, 2]")),
+    "null": (".json", lambda path: path.write_text("null")),
+    "no clips": (".json", lambda path: path.write_text("{}")),
+    "odd rows": (".json", lambda path: edit_table(path, clips=[1, 2, 3, 4, 5])),
+    "rows missing": (".json", lambda path: edit_table(path, clips=[])),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damaged_cache_is_mended(
+    kind: str,
+    tmp_path: Path,
+    cached: Config,
+    extracted: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    paths = write_clips(tmp_path / "clips", 5)
+    load_features(paths, cached)
+    suffix, damage = DAMAGES[kind]
+    damage(shard_of(cached, suffix))
+    np.testing.assert_array_equal(all_features(paths, cached), direct(paths))
+    assert len(extracted) == 10
+    assert "is damaged" in capsys.readouterr().err
+    np.testing.assert_array_equal(all_features(paths, cached), direct(paths))
+    assert len(extracted) == 10
+    assert "is damaged" not in capsys.readouterr().err
+    assert len(list(shard_of(cached).parent.iterdir())) == 3  # shard, table and lock
+
+
+def test_copied_cache_is_still_good(tmp_path: Path, cached: Config, extracted: list[str]) -> None:
+    """A copy may have other times; the checksum tells that it is the same."""
+    paths = write_clips(tmp_path / "clips", 5)
+    load_features(paths, cached)
+    os.utime(shard_of(cached), ns=(7, 7))
+    np.testing.assert_array_equal(all_features(paths, cached), direct(paths))
+    assert len(extracted) == 5
+
+
+@pytest.mark.parametrize("leftover", ["abc.f32", "abc.tmp"])
+def test_half_written_shard_never_happened(
+    leftover: str, tmp_path: Path, cached: Config, extracted: list[str]
+) -> None:
+    paths = write_clips(tmp_path / "clips", 3)
+    load_features(paths[:2], cached)
+    (shard_of(cached).parent / leftover).write_bytes(bytes(5000))
+    for _ in range(2):
+        np.testing.assert_array_equal(all_features(paths, cached), direct(paths))
+    assert extracted == ["00.wav", "01.wav", "02.wav"]
+    assert not (Path(cached.cache_dir, cache_key(cached)) / leftover).exists()
+
+
+def test_interrupted_fill_leaves_a_usable_cache(
+    tmp_path: Path, cached: Config, extracted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_clips(tmp_path / "clips", 7)
+    monkeypatch.setattr(prepare, "SHARD_CLIPS", 2)
+    monkeypatch.setattr(prepare, "CHUNK", 1)
+    extract_chunk = prepare._extract_chunk
+
+    def interrupt(chunk: Sequence[Path], cfg: Config) -> list[ClipFeatures | AudioError]:
+        if chunk[0].name == "05.wav":
+            raise KeyboardInterrupt
+        return extract_chunk(chunk, cfg)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "_extract_chunk", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            load_features(paths, cached)
+    extracted.clear()
+    np.testing.assert_array_equal(all_features(paths, cached), direct(paths))
+    assert extracted == ["04.wav", "05.wav", "06.wav"]
+    assert len(list(Path(cached.cache_dir, cache_key(cached)).glob("*.f32"))) == 4
+
+
+def test_shard_of_deleted_files_is_removed(tmp_path: Path, cached: Config) -> None:
+    old, new = write_noise(tmp_path / "clips" / "a.wav"), tmp_path / "clips" / "b.wav"
+    load_features([old], cached)
+    old.rename(new)
+    np.testing.assert_array_equal(all_features([new], cached), direct([new]))
+    shard_of(cached)
+
+
+def test_shard_of_an_unmounted_disk_is_kept(tmp_path: Path, cached: Config, extracted: list[str]) -> None:
+    away, here = write_noise(tmp_path / "disk" / "a.wav"), write_noise(tmp_path / "b.wav")
+    load_features([away], cached)
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    load_features([here], cached)
+    (tmp_path / "unmounted").rename(tmp_path / "disk")
+    np.testing.assert_array_equal(all_features([away, here], cached), direct([away, here]))
+    assert extracted == ["a.wav", "b.wav"]
+
+
+def test_shard_of_a_forbidden_folder_is_kept(
+    tmp_path: Path, cached: Config, extracted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Path.exists raises PermissionError: a cache shared with another user's data ended the run."""
+    away, here = write_noise(tmp_path / "secret" / "x" / "a.wav"), write_noise(tmp_path / "b.wav")
+    load_features([away], cached)
+    path_stat = Path.stat
+
+    def forbidding(path: Path, **options: Any) -> os.stat_result:
+        if "secret" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return path_stat(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "stat", forbidding)
+        load_features([here], cached)
+    np.testing.assert_array_equal(all_features([away, here], cached), direct([away, here]))
+    assert extracted == ["a.wav", "b.wav"]
+
+
+@FORK
+def test_two_processes_fill_one_cache(tmp_path: Path, cached: Config) -> None:
+    paths = write_clips(tmp_path / "clips", 12)
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+
+    def fill(number: int) -> None:
+        barrier.wait(30)
+        np.save(tmp_path / f"{number}.npy", all_features(paths, cached))
+
+    processes = [context.Process(target=fill, args=(number,)) for number in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    for number in range(2):
+        np.testing.assert_array_equal(np.load(tmp_path / f"{number}.npy"), direct(paths))
+    shard_of(cached)  # the second waited, and found the work done
+
+
+def test_warm_cache_is_only_read(tmp_path: Path, cached: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = write_clips(tmp_path / "clips", 3)
+    load_features(paths, cached)
+    folder = shard_of(cached).parent
+    before = {path: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]}
+    for path in before:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    monkeypatch.setattr(prepare, "_fill_cache", None)  # root may write in spite of chmod
+    try:
+        np.testing.assert_array_equal(all_features(paths, cached), direct(paths))
+    finally:
+        folder.chmod(0o755)
+    assert {path: path.stat().st_mtime_ns for path in [folder, *folder.iterdir()]} == before
+
+
+def test_unreadable_files_are_reported_on_every_run(
+    tmp_path: Path, cached: Config, extracted: list[str]
+) -> None:
+    paths = write_clips(tmp_path / "clips", 4)
+    paths[1].write_text("not audio")
+    paths[2].unlink()
+    for _ in range(2):
+        prepared = load_features(paths, cached)
+        assert [error.path for error in prepared.failures] == paths[1:3]
+        assert prepared.indices.tolist() == [0, 3]
+        np.testing.assert_array_equal(prepared.features[np.arange(2)], direct([paths[0], paths[3]]))
+    assert extracted == ["00.wav", "01.wav", "03.wav", "01.wav"]
+
+
+def test_nothing_readable(tmp_path: Path, cached: Config) -> None:
+    touch(tmp_path, "a.wav", "b.wav")
+    with pytest.raises(UserError, match="none of 3 audio files") as raised:
+        load_features([tmp_path / "a.wav", tmp_path / "b.wav", tmp_path / "missing.wav"], cached)
+    assert raised.value.code == 2
+
+
+def test_feature_array_across_shards(tmp_path: Path, cached: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "SHARD_CLIPS", 3)
+    paths = write_clips(tmp_path / "clips", 8)
+    features, expected = load_features(paths, cached).features, direct(paths)
+    assert (len(features), features.shape) == (8, expected.shape)
+    for chosen in ([0], [7, 0, 3, 3, 5], [], list(range(8))):
+        indices = np.array(chosen, np.int64)
+        np.testing.assert_array_equal(features[indices], expected[indices])
+    copy = features[np.arange(8)]
+    copy[:] = 0
+    np.testing.assert_array_equal(features[np.arange(8)], expected)
+    assert len(list(Path(cached.cache_dir, cache_key(cached)).glob("*.json"))) == 3
+
+
+# ---- the corpus, and its split --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_corpus(tmp_path: Path) -> Config:
+    """Two classes of six clips, spelled as in the well-known data set, and their settings."""
+    for number, name in enumerate(("Suprised", "Angry")):
+        for k in range(6):
+            write_noise(tmp_path / "data" / name / f"{k}.wav", seed=10 * number + k)
+    return Config(
+        data_dir=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"), duration=0.5, num_workers=0
+    )
+
+
+def test_load_corpus(small_corpus: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = load_corpus(small_corpus)
+    assert corpus.labels == ("Angry", "Suprised")
+    assert corpus.targets.tolist() == [0] * 6 + [1] * 6
+    assert [clip.path.parent.name for clip in corpus.clips] == ["Angry"] * 6 + ["Suprised"] * 6
+    expected = direct([clip.path for clip in corpus.clips])
+    np.testing.assert_array_equal(corpus.prepared.features[np.arange(12)], expected)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("content", [None, "text"])
+def test_class_without_usable_clip_is_left_out(
+    content: str | None, small_corpus: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (Path(small_corpus.data_dir) / "Happy").mkdir()
+    if content:
+        (Path(small_corpus.data_dir) / "Happy" / "a.wav").write_text(content)
+    corpus = load_corpus(small_corpus)
+    assert corpus.labels == ("Angry", "Suprised")
+    assert corpus.targets.tolist() == [0] * 6 + [1] * 6
+    assert "Happy has no usable clip: left out" in capsys.readouterr().err
+
+
+def test_stray_clip_is_noted(small_corpus: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    write_noise(Path(small_corpus.data_dir) / "stray.wav")
+    assert len(load_corpus(small_corpus).clips) == 12
+    assert "stray.wav is in no class folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("bad", "code"), [(1, None), (2, 1), (11, 1), (12, 2)])
+def test_unreadable_clips(
+    bad: int, code: int | None, small_corpus: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of twelve is skipped, more than one in ten is a failure, and nothing usable cannot start."""
+    paths = find_audio(Path(small_corpus.data_dir))[:bad]
+    for path in paths:
+        path.write_text("not audio")
+    if code is None:
+        assert len(load_corpus(small_corpus).clips) == 12 - bad
+    else:
+        with pytest.raises(UserError, match=rf"({bad} of 12|of {bad}) audio") as raised:
+            load_corpus(small_corpus)
+        assert raised.value.code == code
+    err = capsys.readouterr().err
+    if code != 2:
+        assert all(f"skipped {path}: " in err for path in paths)
+        assert f"skipped {bad} unreadable file(s)\n" in err
+
+
+def test_no_clips_at_all(tmp_path: Path) -> None:
+    (tmp_path / "Angry").mkdir()
+    with pytest.raises(UserError, match="no audio files below"):
+        load_corpus(Config(data_dir=str(tmp_path)))
+
+
+def test_many_failures_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    prepare.report_failures([AudioError(Path(f"{k}\n.wav"), "empty") for k in range(25)])
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 21
+    assert lines[0] == r"skipped 0\n.wav: empty"
+    assert lines[-1] == "skipped 25 unreadable file(s), 5 of them not shown"
+
+
+@pytest.mark.parametrize("label", ["Angry", "Suprised"])
+def test_same_audio_is_reported(label: str, small_corpus: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also in another format, and under another label."""
+    folder = Path(small_corpus.data_dir)
+    wave, rate = soundfile.read(folder / "Angry" / "3.wav", dtype="int16")
+    soundfile.write(folder / label / "copy.flac", wave, rate)
+    digests = load_corpus(small_corpus).prepared.digests
+    assert len(digests) == 1 + len(set(digests)) == 13
+    err = capsys.readouterr().err
+    assert str(folder / "Angry" / "3.wav") in err
+    assert str(folder / label / "copy.flac") in err
+    assert ("under different labels" in err) == (label == "Suprised")
+    assert "1 group(s) of clips with the same audio" in err
+
+
+def split(targets: Sequence[int], groups: Sequence[str] | None = None, **options: Any) -> prepare.Split:
+    """split_clips with usual settings, and each clip in a group of its own."""
+    settings = {"val_fraction": 0.1, "holdout_fraction": 0.1, "seed": 0} | options
+    return split_clips(np.array(targets), groups or [f"g{k}" for k in range(len(targets))], **settings)
+
+
+@pytest.mark.parametrize("val_fraction", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("holdout_fraction", [0, 0.1, 0.3])
+def test_split_is_stratified_and_complete(val_fraction: float, holdout_fraction: float) -> None:
+    targets = np.repeat(np.arange(4), (200, 41, 17, 100))
+    parts = split(targets, val_fraction=val_fraction, holdout_fraction=holdout_fraction)
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(len(targets)))
+    for part in parts:
+        assert (np.diff(part) > 0).all()
+    for fraction, part in ((val_fraction, parts.val), (holdout_fraction, parts.holdout)):
+        counts = np.bincount(targets[part], minlength=4)
+        np.testing.assert_allclose(counts, fraction * np.bincount(targets), atol=1)
+    assert (parts.holdout.size == 0) == (holdout_fraction == 0)
+
+
+def test_split_depends_on_the_seed_alone() -> None:
+    targets = [0] * 50 + [1] * 50
+    once, again, other = split(targets), split(targets), split(targets, seed=1)
+    for a, b in zip(once, again, strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert once.val.tolist() != other.val.tolist()
+    assert once.val.tolist() != list(range(len(once.val)))  # shuffled, not cut off
+
+
+def test_split_does_not_depend_on_the_global_generator() -> None:
+    state = np.random.get_state()[1].copy()
+    split([0] * 50 + [1] * 50)
+    np.testing.assert_array_equal(np.random.get_state()[1], state)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_groups_never_straddle(seed: int) -> None:
+    """Groups of all sizes, some under two labels."""
+    rng = np.random.default_rng(seed)
+    targets = rng.integers(0, 4, 300)
+    groups = [f"g{k}" for k in rng.integers(0, rng.integers(60, 300), 300)]
+    parts = split(targets, groups, val_fraction=0.2, seed=seed)
+    owners = [{groups[k] for k in part} for part in parts]
+    for mine, theirs in itertools.combinations(owners, 2):
+        assert not mine & theirs
+    np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(300))
+    assert min(map(len, parts)) > 0
+
+
+def test_too_small_validation() -> None:
+    with pytest.raises(UserError, match=r"val_fraction = 0\.1: leaves 0 of 8 clips") as raised:
+        split([0] * 4 + [1] * 4)
+    assert raised.value.code == 2
+
+
+def test_rare_class_goes_to_training() -> None:
+    parts = split([0] * 40 + [1] * 40 + [2])
+    assert 80 in parts.train
+
+
+def test_group_larger_than_a_part_goes_to_training() -> None:
+    for seed in range(5):
+        parts = split([0] * 60, ["big"] * 30 + [f"g{k}" for k in range(30)], seed=seed)
+        assert set(range(30)) <= set(parts.train.tolist())
+        assert (len(parts.val), len(parts.holdout)) == (6, 6)
+
+
+def test_feature_stats_equal_numpy(rng: np.random.Generator) -> None:
+    """Over more clips than are read at once; those not asked for would spoil the result."""
+    features = rng.normal(size=(700, 4, 9)) * [[1], [0.1], [3], [10]] + [[0], [5], [-900], [100]]
+    chosen = np.flatnonzero(rng.random(700) < 0.9)
+    expected = features[chosen]
+    features[np.setdiff1d(np.arange(700), chosen)] = np.nan
+    mean, scale = feature_stats(features, chosen)  # type: ignore[arg-type]
+    assert mean.dtype == np.float32
+    np.testing.assert_allclose(mean, expected.mean(axis=(0, 2)), rtol=1e-6, atol=1e-7)
+    assert scale == pytest.approx(np.sqrt(expected.var(axis=(0, 2)).mean()), rel=1e-6)
+
+
+@pytest.mark.parametrize("n_clips", [1, 7, 300])
+@pytest.mark.parametrize("value", [0, 0.1, -723.9, -1131.371, 1e4])
+def test_scale_of_what_never_varies_is_one(value: float, n_clips: int) -> None:
+    """The difference of two large sums left a scale of 1e-5 to divide by, as in c0 of silent clips."""
+    features = np.full((n_clips, 1, 130), value, np.float32)
+    mean, scale = feature_stats(features, np.arange(n_clips))  # type: ignore[arg-type]
+    assert scale == 1
+    np.testing.assert_allclose(mean, value, rtol=1e-6)
+
+
+# ---- demo corpus ----------------------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
+    }
+
+
+def test_demo_is_the_same_every_time(tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        write_demo(tmp_path / name, n_speakers=1, n_takes=1, seed=seed)
+    a, b, c = (contents(tmp_path / name) for name in "abc")
+    assert a == b
+    assert a.keys() == c.keys()
+    assert all(a[name] != c[name] for name in a if name.endswith(".wav"))
+    assert len({a[name] for name in a if name.endswith(".wav")}) == 14
+
+
+def test_demo_layout(demo_corpus: Path) -> None:
+    labels = find_labels(demo_corpus)
+    assert labels == ("Angry", "Disgusted", "Fearful", "Happy", "Neutral", "Sad", "Surprised")
+    names = [f"spk{speaker:02d}_take{take:02d}.wav" for speaker in range(6) for take in range(1, 5)]
+    for label in labels:
+        assert [path.name for path in find_audio(demo_corpus / label)] == names
+    header, *rows = (demo_corpus / "sample_submission.csv").read_text().splitlines()
+    assert header == "filename,emotion"
+    assert {row.partition(",")[0] for row in rows} == {path.name for path in find_audio(demo_corpus / "Test")}
+    assert len(rows) == 42
+    truth = dict(line.split() for line in (demo_corpus / "SYNTHETIC.txt").read_text().splitlines()[1:])
+    assert {label: list(truth.values()).count(label) for label in labels} == dict.fromkeys(labels, 6)
+
+
+def test_demo_clips(demo_corpus: Path) -> None:
+    for path in find_audio(demo_corpus):
+        wave, rate = soundfile.read(path)
+        assert (rate, wave.ndim) == (22050, 1)
+        assert 1.2 - 1e-3 <= wave.size / rate <= 3.5 + 1e-3
+        assert 0.02 < np.abs(wave).max() <= 1
+        assert wave.std() > 1e-3
+
+
+def test_demo_leaves_an_existing_folder_alone(tmp_path: Path) -> None:
+    touch(tmp_path, "demo/mine.txt")
+    make_demo(tmp_path / "demo", n_speakers=1, n_takes=1)
+    assert list(contents(tmp_path)) == ["demo/mine.txt"]
+
+
+def test_interrupted_demo_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = itertools.count()
+
+    def interrupted(*_: object) -> np.ndarray:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return np.zeros(100)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "synthesize_clip", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make_demo(tmp_path / "data" / "demo")
+    assert list((tmp_path / "data").iterdir()) == []
+    make_demo(tmp_path / "data" / "demo", n_speakers=1, n_takes=1)
+    assert len(find_audio(tmp_path / "data")) == 14
+
+
+# ---- the script -----------------------------------------------------------------------------------------
+
+
+def flags(cfg: Config) -> list[str]:
+    """The settings of small_corpus as a command line."""
+    return [f"--{name}={getattr(cfg, name)}" for name in ("data_dir", "cache_dir", "duration", "num_workers")]
+
+
+def test_main_prints_the_table(small_corpus: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Path(small_corpus.data_dir)
+    shutil.rmtree(folder / "Angry")
+    for k in range(4):
+        write_noise(folder / "Angry" / f"{k}.wav", seed=50 + k, seconds=2)  # 0.5 s of each is used
+    assert prepare.main(flags(small_corpus)) == 0
+    out, err = capsys.readouterr()
+    assert [line.split() for line in out.splitlines()] == [
+        ["class", "clips", "seconds"],
+        ["Angry", "4", "2"],
+        ["Suprised", "6", "2"],  # 2.4
+        ["total", "10", "4"],
+    ]
+    assert err == ""
+
+
+def test_main_with_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(prepare, "make_demo", functools.partial(make_demo, n_speakers=1, n_takes=2))
+    assert prepare.main(["--demo", "--num_workers", "0"]) == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].split()[:2] == ["total", "14"]
+    assert "synthetic demo corpus, not real speech" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "data"]
+
+
+@pytest.mark.parametrize(("broken", "code"), [("data", 2), ("clips", 1), ("cache", 1)])
+def test_main_fails_with_one_line(
+    broken: str, code: int, small_corpus: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(small_corpus.data_dir)
+    if broken == "data":
+        shutil.rmtree(folder)
+    elif broken == "clips":
+        touch(folder, *(f"Angry/empty{k}.wav" for k in range(5)))
+    else:
+        Path(small_corpus.cache_dir).write_text("a file")
+    assert prepare.main(flags(small_corpus)) == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert {"data": str(folder), "clips": "5 of 17", "cache": small_corpus.cache_dir}[broken] in errors[0]
+    assert "Traceback" not in err

@@ -1,0 +1,775 @@
+"""The training loop: determinism, resuming, selection, scores, and what a run leaves behind."""
+
+import csv
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import filelock
+import numpy as np
+import pytest
+import soundfile
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+import train
+from config import Config, UserError
+from model import Checkpoint, build_model, load_checkpoint, save_checkpoint
+from prepare import Clip, Corpus, Prepared, extract_file, load_corpus, split_clips
+from tests.conftest import RATE, tone
+from train import (
+    EarlyStopping,
+    Outcome,
+    Run,
+    Scores,
+    class_weights,
+    fit,
+    main,
+    make_loader,
+    run_epoch,
+)
+
+REPO = Path(__file__).resolve().parents[1]
+save_figure = train.save_figure
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing takes longer than the training here; the tests about figures put it back."""
+    monkeypatch.setattr(train, "save_figure", lambda *_: None)
+
+
+def flags(cfg: Config) -> list[str]:
+    """The command line that gives this config."""
+    words: list[str] = []
+    for name, value in cfg.to_dict().items():
+        if value != getattr(Config(), name):
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+def in_folder(cfg: Config, folder: Path) -> Config:
+    """The same settings, writing to another folder."""
+    return replace(cfg, run_dir=str(folder / "run"), checkpoint=str(folder / "best.pth"))
+
+
+def history(cfg: Config) -> list[dict[str, str]]:
+    """The rows of history.csv without the seconds, which differ every time."""
+    with Path(cfg.run_dir, "history.csv").open(newline="") as file:
+        return [
+            {name: value for name, value in row.items() if name != "seconds"} for row in csv.DictReader(file)
+        ]
+
+
+def last(cfg: Config) -> Checkpoint:
+    """The checkpoint that --resume continues from."""
+    return load_checkpoint(Path(cfg.run_dir, "last.pth"))
+
+
+def best(cfg: Config) -> Checkpoint:
+    """The checkpoint for inference."""
+    return load_checkpoint(Path(cfg.checkpoint))
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two trees of plain types and tensors are equal to the last bit."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+def assert_same_run(one: Config, other: Config) -> None:
+    """Two finished runs are equal but for the clock and the place."""
+    assert history(one) == history(other)
+    assert same(best(one).weights, best(other).weights)
+    assert (best(one).epoch, best(one).scores) == (best(other).epoch, best(other).scores)
+    assert same(last(one).weights, last(other).weights)
+    for part in ("optimizer", "scheduler", "stopping", "best"):
+        assert same(last(one).training[part], last(other).training[part]), part
+
+
+def noise_corpus(rng: np.random.Generator, n_clips: int, n_classes: int = 2) -> Corpus:
+    """Clips without a pattern, which can only be learnt by heart."""
+    features = rng.normal(size=(n_clips, 120, 20)).astype(np.float32)
+    targets = np.arange(n_clips) % n_classes
+    clips = [Clip(Path(f"{number}.wav"), int(label)) for number, label in enumerate(targets)]
+    prepared: Any = Prepared(np.arange(n_clips), features, np.ones(n_clips), [""] * n_clips, [])  # type: ignore[arg-type]
+    return Corpus(tuple("ABCDEFG"[:n_classes]), clips, targets, prepared)
+
+
+# ---- learning -------------------------------------------------------------------------------------------
+
+
+def test_learns_eight_clips_by_heart(rng: np.random.Generator) -> None:
+    """Random features and labels, no dropout: the loss, its gradient and the optimizer belong together."""
+    torch.manual_seed(0)
+    corpus = noise_corpus(rng, 8)
+    network = build_model(Config(dropout=0, conv_channels=8, gru_hidden=16), 2)
+    optimizer, criterion = torch.optim.Adam(network.parameters(), 1e-2), nn.CrossEntropyLoss()
+    loader = make_loader(corpus, np.arange(8), 4, shuffle=True)
+    losses = [run_epoch(network, loader, criterion, optimizer=optimizer).loss for _ in range(40)]
+    assert losses[-1] < 0.1 * losses[0]
+    checked = run_epoch(network, make_loader(corpus, np.arange(8), 4, shuffle=False), criterion)
+    assert checked.predictions.tolist() == checked.targets.tolist() == [0, 1] * 4
+
+
+def test_evaluation_leaves_the_network_alone(rng: np.random.Generator) -> None:
+    """No weight, no running statistic of batch norm, and no dropout."""
+    corpus, network = noise_corpus(rng, 6), build_model(Config(conv_channels=4, gru_hidden=8), 2)
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    loader = make_loader(corpus, np.arange(6), 4, shuffle=False)
+    first, second = (run_epoch(network, loader, nn.CrossEntropyLoss()) for _ in range(2))
+    assert same(dict(network.state_dict()), before)
+    assert first.loss == second.loss
+
+
+def test_separable_classes_are_learnt(tiny_cfg: Config) -> None:
+    """From audio files to a perfect score on clips that were never trained on."""
+    metrics = fit(replace(tiny_cfg, epochs=12, learning_rate=1e-2, dropout=0.1))
+    assert metrics["val"]["accuracy"] == metrics["holdout"]["accuracy"] == 1
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "sizes"), [(3, [3, 3, 3]), (4, [4, 4, 2]), (9, [9]), (10, [10]), (64, [10])]
+)
+def test_batches_of_training(batch_size: int, sizes: list[int], rng: np.random.Generator) -> None:
+    """A last batch of one is left out, since batch norm cannot learn from it."""
+    loader = make_loader(noise_corpus(rng, 12), np.arange(2, 12), batch_size, shuffle=True)
+    assert [len(targets) for _, targets in loader] == sizes
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 9, 64])
+def test_batches_of_evaluation_hold_every_clip_in_order(batch_size: int, rng: np.random.Generator) -> None:
+    """Also a last one alone."""
+    corpus = noise_corpus(rng, 12, n_classes=7)
+    loader = make_loader(corpus, np.arange(2, 12), batch_size, shuffle=False)
+    assert torch.cat([targets for _, targets in loader]).tolist() == corpus.targets[2:].tolist()
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 64])
+def test_run_with_odd_batch_sizes(batch_size: int, tiny_cfg: Config) -> None:
+    """Ten training clips: a last batch of one, and a batch larger than the data."""
+    fit(replace(tiny_cfg, epochs=1, batch_size=batch_size))
+    assert best(tiny_cfg).epoch == 1
+
+
+def test_batches_of_one_are_refused(tiny_cfg: Config, capfd: pytest.CaptureFixture[str]) -> None:
+    """Batch norm cannot learn from one clip, and its own message names no setting."""
+    assert main(flags(replace(tiny_cfg, batch_size=1))) == 2
+    assert "batch_size = 1" in capfd.readouterr().err
+
+
+# ---- the same again -------------------------------------------------------------------------------------
+
+
+def test_same_seed_gives_the_same_run(tiny_cfg: Config, tmp_path: Path) -> None:
+    """Bit for bit, whatever the generators did before."""
+    other = in_folder(tiny_cfg, tmp_path / "other")
+    fit(tiny_cfg)
+    torch.rand(7)
+    np.random.rand(7)
+    fit(other)
+    assert_same_run(tiny_cfg, other)
+
+
+def test_other_seed_gives_another_run(tiny_cfg: Config, tmp_path: Path) -> None:
+    """The seed reaches initial weights, dropout and order."""
+    other = replace(in_folder(tiny_cfg, tmp_path / "other"), seed=1)
+    fit(tiny_cfg)
+    fit(other)
+    assert not same(last(tiny_cfg).weights, last(other).weights)
+
+
+def test_every_epoch_is_seeded_differently() -> None:
+    """Else each epoch would repeat the order and the dropout of the first."""
+    draws = set()
+    for seed, epoch in [(0, 0), (0, 1), (1, 0), (1, 1)]:
+        train.seed_everything(seed, epoch)
+        draws.add(float(torch.rand(())))
+    assert len(draws) == 4
+
+
+# ---- resuming -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bumpy_cfg(tiny_cfg: Config) -> Config:
+    """A run whose learning rate drops early, and whose best epoch is early too."""
+    return replace(tiny_cfg, lr_patience=0, epochs=6, learning_rate=3e-3, patience=50)
+
+
+@pytest.mark.parametrize("cut", [1, 3, 5])
+def test_resumed_run_equals_an_undisturbed_one(cut: int, bumpy_cfg: Config, tmp_path: Path) -> None:
+    """Weights, optimizer, scheduler, early stopping, best epoch and history, to the last bit."""
+    straight = in_folder(bumpy_cfg, tmp_path / "straight")
+    fit(straight)
+    fit(replace(bumpy_cfg, epochs=cut))
+    fit(replace(bumpy_cfg, resume=True))
+    assert_same_run(straight, bumpy_cfg)
+
+
+def test_the_run_that_is_resumed_is_bumpy(bumpy_cfg: Config) -> None:
+    """The test above covers a dropped rate and a best epoch before the interruption."""
+    metrics = fit(replace(bumpy_cfg, epochs=3))
+    assert metrics["best_epoch"] < 3
+    assert last(bumpy_cfg).training["optimizer"]["param_groups"][0]["lr"] < bumpy_cfg.learning_rate
+
+
+def test_resumed_run_does_not_overwrite_a_better_epoch(tiny_cfg: Config) -> None:
+    """The best score travels in last.pth, so that a worse epoch after the interruption stays second."""
+    cfg = replace(tiny_cfg, epochs=8, learning_rate=1e-2, dropout=0.1)
+    before = fit(cfg)
+    assert before["val"]["accuracy"] == 1
+    after = fit(replace(cfg, resume=True, epochs=9, learning_rate=0.5))
+    assert after["best_epoch"] == before["best_epoch"]
+    assert best(cfg).epoch == before["best_epoch"]
+
+
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    """A shell's background job ignores Ctrl-C, and so would the children that the tests start in one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals of POSIX")
+@pytest.mark.usefixtures("default_signals")
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_saves_all_that_resume_needs(
+    signum: int, code: int, bumpy_cfg: Config, tmp_path: Path
+) -> None:
+    """Stopped in the middle, resumed, and equal to the run that was not."""
+    endless = replace(bumpy_cfg, epochs=100_000, patience=100_000)
+    command = [sys.executable, str(REPO / "train.py"), *flags(endless)]
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as run:
+        assert run.stdout is not None
+        assert run.stderr is not None
+        for line in run.stdout:
+            if line.startswith("epoch   4/"):
+                run.send_signal(signum)
+                break
+        run.stdout.read()
+        errors = run.stderr.read()
+    assert run.returncode == code, errors
+    assert errors.splitlines()[-1] == "interrupted"
+    assert "--resume" in errors
+    assert "Traceback" not in errors
+    assert Path(endless.run_dir, "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.rglob("*.tmp"))
+
+    n_done = last(endless).epoch
+    assert n_done >= 4
+    assert len(history(endless)) == n_done
+    finite = replace(endless, epochs=n_done + 2)
+    straight = in_folder(finite, tmp_path / "straight")
+    fit(replace(finite, resume=True))
+    fit(straight)
+    assert_same_run(straight, finite)
+
+
+def test_resume_without_a_run_is_refused(tiny_cfg: Config, capfd: pytest.CaptureFixture[str]) -> None:
+    """Never a fresh start."""
+    assert main(flags(replace(tiny_cfg, resume=True))) == 2
+    assert "last.pth to resume from" in capfd.readouterr().err
+    assert not Path(tiny_cfg.checkpoint).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"n_mfcc": 20}, "n_mfcc: 40 -> 20"),
+        ({"duration": 2.0}, r"duration: 3\.0 -> 2\.0"),
+        ({"gru_hidden": 16}, "gru_hidden: 8 -> 16"),
+        ({"conv_blocks": 2, "gru_layers": 1}, "conv_blocks: 3 -> 2; gru_layers: 2 -> 1"),
+        ({"seed": 5}, "seed: 0 -> 5.*; clips"),
+        ({"val_fraction": 0.5}, r"val_fraction: 0\.25 -> 0\.5.*; clips"),
+    ],
+)
+def test_resume_of_another_run_is_refused(changes: dict[str, Any], named: str, tiny_cfg: Config) -> None:
+    """Other features, network or split; all the differences are named, and nothing is overwritten."""
+    cfg = replace(tiny_cfg, epochs=1)
+    fit(cfg)
+    before = Path(cfg.run_dir, "last.pth").read_bytes()
+    with pytest.raises(UserError, match=named) as error:
+        fit(replace(cfg, resume=True, epochs=2, **changes))
+    assert error.value.code == 2
+    assert Path(cfg.run_dir, "last.pth").read_bytes() == before
+
+
+def remove_a_clip(data_dir: Path) -> None:
+    """One file fewer."""
+    (data_dir / "Low" / "3.wav").unlink()
+
+
+def rename_a_class(data_dir: Path) -> None:
+    """The same files under another name."""
+    (data_dir / "Low").rename(data_dir / "Bass")
+
+
+def swap_two_clips(data_dir: Path) -> None:
+    """The same names, but two of them name another class's audio."""
+    low, high = data_dir / "Low" / "low.wav", data_dir / "High" / "high.wav"
+    (data_dir / "Low" / "3.wav").rename(data_dir / "High" / low.name)
+    (data_dir / "High" / "3.wav").rename(data_dir / "Low" / high.name)
+
+
+@pytest.mark.parametrize("change", [remove_a_clip, rename_a_class, swap_two_clips])
+def test_resume_with_other_clips_is_refused(
+    change: Callable[[Path], None], tiny_cfg: Config, tone_corpus: Path
+) -> None:
+    """The split would be another one, and validation clips would have been trained on."""
+    cfg = replace(tiny_cfg, epochs=1)
+    fit(cfg)
+    change(tone_corpus)
+    with pytest.raises(UserError, match="clips: not the same") as error:
+        fit(replace(cfg, resume=True, epochs=2))
+    assert error.value.code == 2
+
+
+def test_resume_from_a_model_without_a_run_is_refused(tiny_cfg: Config) -> None:
+    """best_emotion_model.pth in the place of last.pth has no optimizer to go on with."""
+    cfg = replace(tiny_cfg, epochs=1)
+    fit(cfg)
+    shutil.copy(cfg.checkpoint, Path(cfg.run_dir, "last.pth"))
+    with pytest.raises(UserError, match=r"last\.pth") as error:
+        fit(replace(cfg, resume=True, epochs=2))
+    assert error.value.code == 2
+
+
+@pytest.mark.parametrize("name", ["best.pth", "last.pth"])
+def test_resume_from_a_damaged_file_is_refused(
+    name: str, tiny_cfg: Config, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A damaged best.pth is no matter: the best epoch is in last.pth too, and is written again."""
+    cfg = replace(tiny_cfg, epochs=1)
+    fit(cfg)
+    path = Path(cfg.checkpoint if name == "best.pth" else Path(cfg.run_dir, name))
+    path.write_bytes(b"<html>")
+    code = main(flags(replace(cfg, resume=True)))
+    assert code == (0 if name == "best.pth" else 2)
+    assert (name in capfd.readouterr().err) == (code == 2)
+    assert name == "last.pth" or best(cfg).epoch == 1
+
+
+def test_resume_takes_new_training_settings(tiny_cfg: Config, capfd: pytest.CaptureFixture[str]) -> None:
+    """They are noted and honoured, and go into the checkpoint."""
+    fit(replace(tiny_cfg, epochs=2))
+    capfd.readouterr()
+    changed = replace(
+        tiny_cfg, resume=True, epochs=4, learning_rate=2e-4, weight_decay=0.5, patience=7, lr_factor=0.1
+    )
+    fit(changed)
+    errors = capfd.readouterr().err
+    for note in ("epochs: 2 -> 4", "learning_rate: 0.001 -> 0.0002", "patience: 10 -> 7"):
+        assert f"note: resuming with another {note}" in errors
+    assert [float(row["learning_rate"]) for row in history(tiny_cfg)] == [1e-3, 1e-3, 2e-4, 2e-4]
+    state = last(tiny_cfg).training
+    assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
+    assert (state["stopping"]["patience"], state["scheduler"]["factor"]) == (7, 0.1)
+    assert last(tiny_cfg).config.learning_rate == 2e-4
+
+
+def test_resume_keeps_a_dropped_learning_rate(bumpy_cfg: Config) -> None:
+    """Only another flag sets it anew."""
+    fit(replace(bumpy_cfg, epochs=3))
+    dropped = last(bumpy_cfg).training["optimizer"]["param_groups"][0]["lr"]
+    fit(replace(bumpy_cfg, epochs=4, resume=True))
+    assert float(history(bumpy_cfg)[-1]["learning_rate"]) == dropped < bumpy_cfg.learning_rate
+
+
+def test_resume_of_a_finished_run_reports_again(tiny_cfg: Config) -> None:
+    """The same metrics, without another epoch."""
+    before = fit(tiny_cfg)
+    after = fit(replace(tiny_cfg, resume=True))
+    for name in ("epochs", "best_epoch", "val", "holdout", "split"):
+        assert json.dumps(after[name]) == json.dumps(before[name])
+
+
+# ---- weights and scores ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        ([0, 1, 2], [1, 1, 1]),
+        ([0, 0, 0, 0, 1, 1, 2, 2, 2, 2, 2, 2], [1, 2, 2 / 3]),  # 12 clips, 3 classes: 4 is average
+        ([2, 2, 0, 2], [4 / 3, 1, 4 / 9]),
+    ],
+)
+def test_class_weights_are_inverse_to_frequency(targets: list[int], expected: list[float]) -> None:
+    """Computed by hand: clips / (classes * clips of the class)."""
+    weights = class_weights(np.array(targets), ["A", "B", "C"])
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_class_without_training_clips_is_warned_of(capfd: pytest.CaptureFixture[str]) -> None:
+    """By name, and with weight 1 instead of infinity."""
+    assert class_weights(np.array([0, 0]), ["Angry", "Sad"]).tolist() == [0.5, 1]
+    error = capfd.readouterr().err
+    assert "warning: class Sad " in error
+    assert "Angry" not in error
+
+
+def test_validation_batch_of_an_absent_class_is_no_nan(rng: np.random.Generator) -> None:
+    """Weights of 0 would make 0 / 0, and end the run with the advice to lower the learning rate."""
+    corpus, network = noise_corpus(rng, 6), build_model(Config(conv_channels=4, gru_hidden=8), 2)
+    criterion = nn.CrossEntropyLoss(class_weights(np.array([0, 0]), corpus.labels))
+    loader = make_loader(corpus, np.array([0, 2, 1, 3]), 2, shuffle=False)  # classes 0, 0 and 1, 1
+    assert math.isfinite(run_epoch(network, loader, criterion).loss)
+
+
+def test_scores_by_hand() -> None:
+    """Three true classes and one that does not occur: it counts for nothing unless it is predicted."""
+    confusion = np.array([[3, 1, 0, 0], [0, 2, 2, 0], [0, 0, 2, 0], [0, 0, 0, 0]])
+    true, predicted = np.repeat(np.argwhere(confusion >= 0), confusion.ravel(), axis=0).T
+    scores = Scores.of(Outcome(0.0, predicted, true), 4)
+    np.testing.assert_array_equal(scores.confusion, confusion)
+    assert scores.accuracy == pytest.approx(7 / 10)
+    np.testing.assert_allclose(scores.recall, [3 / 4, 2 / 4, 1, np.nan], rtol=1e-6)
+    np.testing.assert_allclose(scores.precision, [1, 2 / 3, 2 / 4, np.nan], rtol=1e-6)
+    np.testing.assert_allclose(scores.f1, [6 / 7, 4 / 7, 2 / 3, np.nan], rtol=1e-6)
+    assert scores.summary() == {
+        "accuracy": pytest.approx(7 / 10),
+        "uar": pytest.approx((3 / 4 + 2 / 4 + 1) / 3),
+        "macro_f1": pytest.approx((6 / 7 + 4 / 7 + 2 / 3) / 3),
+    }
+
+
+# ---- stopping and selecting -----------------------------------------------------------------------------
+
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("values", "improved", "over_after"),
+    [
+        ([0.1, 0.2, 0.3], "yyy", None),
+        ([0.5, 0.5, 0.4], "ynn", 3),  # an equal is no better
+        ([0.5, 0.4, 0.6, 0.6, 0.1], "ynynn", 5),  # a new best starts the count again
+        ([NAN, 0.1, NAN, 0.2], "nyny", None),  # NaN is never the best, nor in the way of one
+        ([NAN, NAN], "nn", 2),
+        ([0.0, 0.0, 0.0], "ynn", 3),
+    ],
+)
+def test_early_stopping(values: list[float], improved: str, over_after: int | None) -> None:
+    """With a patience of two."""
+    stopping, seen, over = EarlyStopping(patience=2), "", None
+    for epoch, value in enumerate(values, start=1):
+        seen += "y" if stopping.step(value) else "n"
+        over = over or (epoch if stopping.is_over else None)
+    assert (seen, over) == (improved, over_after)
+
+
+def started(cfg: Config) -> Run:
+    """A run before its first epoch."""
+    corpus = load_corpus(cfg)
+    split = split_clips(
+        corpus.targets,
+        corpus.prepared.digests,
+        val_fraction=cfg.val_fraction,
+        holdout_fraction=cfg.holdout_fraction,
+        seed=cfg.seed,
+    )
+    return Run.start(cfg, corpus, split, torch.device("cpu"))
+
+
+def finish_epoch(run: Run, n_right: int) -> bool:
+    """Pretend an epoch with `n_right` of ten validation clips right."""
+    targets = np.arange(10) % 2
+    predictions = np.where(np.arange(10) < n_right, targets, 1 - targets)
+    return run.finish_epoch(Outcome(1.0, targets, targets), Outcome(1.0, predictions, targets), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("lr_patience", "n_right", "rates"),
+    [
+        (0, [5, 5, 5, 6, 6], [8, 8, 4, 2, 2]),
+        (1, [5, 5, 5, 5, 5], [8, 8, 8, 4, 4]),
+        (1, [5, 5, 6, 6, 7], [8, 8, 8, 8, 8]),
+    ],
+)
+def test_learning_rate_halves_on_a_plateau(
+    lr_patience: int, n_right: list[int], rates: list[int], tiny_cfg: Config
+) -> None:
+    """The history holds the rate that an epoch was trained with."""
+    run = started(replace(tiny_cfg, lr_patience=lr_patience, learning_rate=8e-3))
+    for count in n_right:
+        finish_epoch(run, count)
+    assert [record.learning_rate * 1000 for record in run.history] == pytest.approx(rates)
+
+
+def test_best_epoch_is_the_first_of_equals(tiny_cfg: Config) -> None:
+    """And its weights are kept as they were, while the network trains on."""
+    run = started(tiny_cfg)
+    for count in (5, 8, 8, 6):
+        run.model.mean.fill_(len(run.history) + 1)
+        finish_epoch(run, count)
+    assert run.best is not None
+    assert (run.best.epoch, run.best.scores["accuracy"]) == (2, 0.8)
+    assert run.best.weights["mean"].unique().tolist() == [2]
+    assert (run.last.epoch, run.last.scores["accuracy"]) == (4, 0.6)
+
+
+def test_run_ends_when_patience_does(tiny_cfg: Config) -> None:
+    """Before the last epoch."""
+    run, n_epochs = started(replace(tiny_cfg, patience=2, epochs=9)), 0
+    while not run.is_over:
+        finish_epoch(run, 5)
+        n_epochs += 1
+    assert n_epochs == 3
+
+
+def test_statistics_come_from_training_clips_alone(tiny_cfg: Config) -> None:
+    """The mean in the network is that of the clips trained on, computed anew from the files."""
+    run = started(tiny_cfg)
+    corpus = load_corpus(tiny_cfg)
+    split = split_clips(
+        corpus.targets, corpus.prepared.digests, val_fraction=0.25, holdout_fraction=0.125, seed=0
+    )
+    features = np.stack([extract_file(clip.path, tiny_cfg).features for clip in corpus.clips])
+    trained_on = features[split.train].astype(np.float64)
+    mean, std = trained_on.mean(axis=(0, 2)), np.sqrt(trained_on.var(axis=(0, 2)).mean())
+    np.testing.assert_allclose(run.model.mean[:, 0].numpy(), mean, rtol=1e-4, atol=1e-4)
+    assert float(run.model.std) == pytest.approx(std, rel=1e-4)
+    assert np.abs(features.mean(axis=(0, 2)) - mean).max() > 0.1  # all clips would give another mean
+
+
+def test_holdout_is_looked_at_once_and_last(tiny_cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training clips train, validation clips select, and only then come the held-out ones."""
+    passes: list[tuple[frozenset[int], bool]] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Outcome:
+        loader: DataLoader[Any] = args[1]
+        passes.append((frozenset(loader.dataset.indices.tolist()), kwargs.get("optimizer") is not None))
+        return run_epoch(*args, **kwargs)
+
+    monkeypatch.setattr(train, "run_epoch", watched)
+    fit(tiny_cfg)
+    (training, _), (val, _) = passes[:2]
+    holdout = passes[-1][0]
+    assert passes == [(training, True), (val, False)] * 3 + [(val, False), (holdout, False)]
+    assert [len(training), len(val), len(holdout)] == [10, 4, 2]
+    assert len(training | val | holdout) == 16
+
+
+def test_without_holdout_every_other_clip_is_trained_on(tiny_cfg: Config) -> None:
+    """And the report is of the validation clips."""
+    metrics = fit(replace(tiny_cfg, epochs=1, holdout_fraction=0))
+    assert "holdout" not in metrics
+    assert sum(best(tiny_cfg).n_clips.values()) == 12
+
+
+# ---- what a run leaves ----------------------------------------------------------------------------------
+
+
+def test_files_of_a_run_agree(tiny_cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """metrics.json, history.csv, both checkpoints and both figures."""
+    monkeypatch.setattr(train, "save_figure", save_figure)
+    fit(tiny_cfg)
+    folder = Path(tiny_cfg.run_dir)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    rows = history(tiny_cfg)
+    accuracies = [float(row["val_accuracy"]) for row in rows]
+    assert [int(row["epoch"]) for row in rows] == [1, 2, 3]
+    assert metrics["best_epoch"] == accuracies.index(max(accuracies)) + 1 == best(tiny_cfg).epoch
+    assert metrics["val"]["accuracy"] == max(accuracies) == best(tiny_cfg).scores["accuracy"]
+    assert metrics["val"]["loss"] == pytest.approx(float(rows[metrics["best_epoch"] - 1]["val_loss"]))
+    assert metrics["epochs"] == last(tiny_cfg).epoch == 3
+    assert metrics["config"] == tiny_cfg.to_dict() == best(tiny_cfg).config.to_dict()
+    assert best(tiny_cfg).labels == ("High", "Low")
+    assert best(tiny_cfg).n_clips == {"High": 5, "Low": 5}
+    for name in ("val", "holdout"):
+        for table in ("per_class", "per_corpus"):
+            n_clips = sum(row["clips"] for row in metrics[name][table].values())
+            assert n_clips == {"val": 4, "holdout": 2}[name]
+    for name in ("loss.png", "confusion_matrix.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert not list(folder.parent.rglob("*.tmp"))
+
+
+def test_metrics_are_strict_json(tiny_cfg: Config) -> None:
+    """A class never predicted has no precision; NaN, as Python writes it, is no JSON to others."""
+
+    def refuse(name: str) -> None:
+        raise ValueError(name)
+
+    fit(replace(tiny_cfg, epochs=1, learning_rate=1e-9))  # untrained: one class gets all clips
+    json.loads(Path(tiny_cfg.run_dir, "metrics.json").read_text(), parse_constant=refuse)
+
+
+def test_piped_output_is_plain_lines(tiny_cfg: Config, capfd: pytest.CaptureFixture[str]) -> None:
+    """One per epoch, best ones marked, and no progress bar that overwrites itself."""
+    assert main(flags(tiny_cfg)) == 0
+    out, err = capfd.readouterr()
+    assert "\r" not in out + err
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("epoch")] == ["1/3", "2/3", "3/3"]
+    assert "epoch" not in err
+    assert "val clips: accuracy" in out
+    assert "holdout clips: accuracy" in out
+
+
+def test_scores_per_corpus(tiny_cfg: Config, tone_corpus: Path) -> None:
+    """Corpora are told by their file names."""
+    for number in range(8):
+        (tone_corpus / "Low" / f"{number}.wav").rename(tone_corpus / "Low" / f"1{number:03}_DFA_SAD_XX.wav")
+    metrics = fit(replace(tiny_cfg, epochs=1))
+    assert {name: row["clips"] for name, row in metrics["val"]["per_corpus"].items()} == {
+        "CREMA-D": 2,
+        "other": 2,
+    }
+    recall = {name: row["recall"] for name, row in metrics["val"]["per_class"].items()}
+    accuracy = {name: row["accuracy"] for name, row in metrics["val"]["per_corpus"].items()}
+    assert (accuracy["CREMA-D"], accuracy["other"]) == (recall["Low"], recall["High"])
+
+
+def test_training_reads_and_leaves_the_data(tiny_cfg: Config, tone_corpus: Path) -> None:
+    """No file beside the clips."""
+    before = sorted(tone_corpus.rglob("*"))
+    fit(replace(tiny_cfg, epochs=1))
+    assert sorted(tone_corpus.rglob("*")) == before
+
+
+# ---- faults ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+@pytest.mark.parametrize(
+    ("fatal_call", "message"),
+    [
+        (1, "epoch 1: .* at batch 1: lower learning_rate.*there is no checkpoint yet"),
+        (6, "epoch 2: .* at batch 2: lower learning_rate.*of epoch 1 is kept"),  # 3 batches, 1 of validation
+        (8, "epoch 2: .* at batch 1: lower learning_rate.*of epoch 1 is kept"),
+    ],
+)
+def test_loss_that_is_not_finite_ends_the_run(
+    loss: float, fatal_call: int, message: str, tiny_cfg: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best checkpoint stays, and epoch, batch and remedy are named."""
+
+    class Failing(nn.CrossEntropyLoss):
+        """A loss that fails once."""
+
+        n_calls = 0
+
+        def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+            """Compute the loss."""
+            self.n_calls += 1
+            return super().forward(logits, targets) * (loss if self.n_calls == fatal_call else 1)
+
+    monkeypatch.setattr(nn, "CrossEntropyLoss", Failing)
+    with pytest.raises(UserError, match=message) as error:
+        fit(tiny_cfg)
+    assert error.value.code == 1
+    assert Path(tiny_cfg.checkpoint).exists() == (fatal_call > 1)
+    if fatal_call > 1:
+        assert best(tiny_cfg).epoch == last(tiny_cfg).epoch == 1
+
+
+def test_one_class_is_refused(tiny_cfg: Config, tone_corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """There is nothing to tell apart."""
+    shutil.rmtree(tone_corpus / "High")
+    assert main(flags(tiny_cfg)) == 2
+    assert "Low" in capfd.readouterr().err
+
+
+def test_too_few_validation_clips_are_refused(tiny_cfg: Config, capfd: pytest.CaptureFixture[str]) -> None:
+    """Fewer than classes."""
+    assert main(flags(replace(tiny_cfg, val_fraction=0.01))) == 2
+    assert "val_fraction = 0.01" in capfd.readouterr().err
+
+
+def test_no_clip_left_for_training_is_refused(
+    tmp_path: Path, tiny_cfg: Config, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two clips, and both are needed for validation."""
+    for label, hertz in (("A", 200), ("B", 900)):
+        (tmp_path / "two" / label).mkdir(parents=True)
+        soundfile.write(tmp_path / "two" / label / "1.wav", tone(hertz), RATE)
+    cfg = replace(tiny_cfg, data_dir=str(tmp_path / "two"), val_fraction=0.9, holdout_fraction=0)
+    assert main(flags(cfg)) == 2
+    assert "val_fraction" in capfd.readouterr().err
+
+
+def test_second_run_in_one_folder_is_refused(tiny_cfg: Config, capfd: pytest.CaptureFixture[str]) -> None:
+    """Their histories and checkpoints would mix."""
+    Path(tiny_cfg.run_dir).mkdir()
+    with filelock.FileLock(Path(tiny_cfg.run_dir, "lock")):
+        assert main(flags(tiny_cfg)) == 2
+    assert "--run_dir" in capfd.readouterr().err
+    assert not Path(tiny_cfg.checkpoint).exists()
+    assert main(flags(replace(tiny_cfg, epochs=1))) == 0  # the lock goes with its holder
+
+
+@pytest.mark.parametrize("field", ["run_dir", "checkpoint", "cache_dir"])
+def test_folder_that_cannot_be_made_is_named(
+    field: str, tiny_cfg: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """A regular file is in its place."""
+    (tmp_path / "file").touch()
+    assert main(flags(replace(tiny_cfg, **{field: str(tmp_path / "file" / "x")}))) == 1
+    assert str(tmp_path / "file") in capfd.readouterr().err
+
+
+def test_missing_device_is_refused(
+    tiny_cfg: Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Before any work."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert main(flags(replace(tiny_cfg, device="cuda"))) == 2
+    assert "device = 'cuda'" in capfd.readouterr().err
+    assert not Path(tiny_cfg.cache_dir).exists()
+
+
+@pytest.mark.parametrize(
+    ("trained_on_demo", "demo", "refused"),
+    [(False, True, True), (True, True, False), (False, False, False), (None, True, False)],
+)
+def test_demo_run_spares_a_real_model(
+    trained_on_demo: bool | None, demo: bool, refused: bool, tiny_cfg: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every other pair of old and new model is no loss."""
+
+    class ReachedError(Exception):
+        """The run went on to its data."""
+
+    def reach(_cfg: Config) -> None:
+        raise ReachedError
+
+    monkeypatch.setattr(train, "load_corpus", reach)
+    path = Path(tiny_cfg.checkpoint)
+    if trained_on_demo is not None:
+        cfg = replace(tiny_cfg, demo=trained_on_demo)
+        weights = build_model(cfg, 2).state_dict()
+        model = Checkpoint(
+            config=cfg,
+            labels=("A", "B"),
+            weights=weights,
+            epoch=1,
+            scores={},
+            n_clips={},
+            files="",
+            versions={},
+        )
+        save_checkpoint(path, model)
+    before = path.read_bytes() if path.exists() else None
+    with pytest.raises(UserError if refused else ReachedError) as error:
+        fit(replace(tiny_cfg, demo=demo))
+    if refused:
+        assert error.value.code == 2
+        assert str(path) in str(error.value)
+    assert (path.read_bytes() if path.exists() else None) == before
