@@ -722,8 +722,10 @@ def split_clips(
         UserError: The validation part cannot represent the classes.
     """
     rng = np.random.default_rng(seed)
-    names, group_of = np.unique(np.array(groups), return_inverse=True)
-    part_of_group = np.full(len(names), -1)
+    # Numbered as they come: sorted by name, they would let the last bits of a feature shuffle the split.
+    numbers: dict[str, int] = {}
+    group_of = np.array([numbers.setdefault(group, len(numbers)) for group in groups])
+    part_of_group = np.full(len(numbers), -1)
     for label in np.unique(targets):
         members = np.flatnonzero(targets == label)
         quota = {1: round(val_fraction * len(members)), 2: round(holdout_fraction * len(members))}
