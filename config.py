@@ -1,6 +1,7 @@
 """What can be turned: every knob of the pipeline, and the command line made from them.
 
-Edit a default below, or give it as a flag to any script: `python train.py --learning_rate 5e-4 --no-demo`.
+Edit a default below, or give it as a flag: `python train.py --learning_rate 5e-4`. inference.py takes only
+the flags that say where and on what to run: the rest it finds in the checkpoint.
 """
 
 import argparse
@@ -39,8 +40,8 @@ class Config:
     sample_rate: int = 22050  # Hz; every clip is resampled to it
     duration: float = 3.0  # seconds; longer clips are cut, shorter ones zero-padded at the end
     n_mfcc: int = 40  # cepstral coefficients per frame; delta and delta-delta triple them
-    n_fft: int = 2048  # samples per analysis window: 93 ms
-    hop_length: int = 512  # samples between windows: 23 ms
+    n_fft: int = 2048  # samples per analysis window, 93 ms at 22,050 Hz
+    hop_length: int = 512  # samples between windows, 23 ms at 22,050 Hz
     n_mels: int = 128  # mel bands under the cepstrum
 
     # ---- network ----------------------------------------------------------------------------------------
@@ -64,7 +65,7 @@ class Config:
     patience: int = 10  # epochs without a better validation accuracy before training stops
     lr_factor: float = 0.5  # the learning rate is multiplied by this on a plateau
     lr_patience: int = 3  # epochs without a better validation accuracy that the rate survives
-    resume: bool = False  # continue the interrupted run in run_dir, bit for bit
+    resume: bool = False  # go on with the interrupted run in run_dir
 
     # ---- machine ----------------------------------------------------------------------------------------
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, cuda:N or mps
@@ -154,6 +155,8 @@ RUNTIME_FIELDS = frozenset(
 RESUMABLE_FIELDS = RUNTIME_FIELDS | frozenset(
     "epochs learning_rate weight_decay dropout conv_dropout patience lr_factor lr_patience".split()
 )
+# Which clips train and which judge: they shape neither features nor network.
+SPLIT_FIELDS = frozenset({"val_fraction", "holdout_fraction", "seed"})
 
 _BOUNDS: dict[str, tuple[float, float]] = {  # inclusive
     "sample_rate": (1000, 768000),
@@ -259,6 +262,10 @@ def _make_parser(names: Collection[str], description: str | None) -> _Parser:
     parser = _Parser(
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    try:
+        Config()
+    except UserError as error:  # a bad edit, which no flag may hide
+        parser.error(str(error))
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for field in dataclasses.fields(Config):
         if field.name not in names:
@@ -278,7 +285,7 @@ def _parse(
     parser: _Parser, argv: Sequence[str] | None, *, baked: Collection[str] = ()
 ) -> tuple[Config, list[str]]:
     values, unknown = parser.parse_known_args(argv)
-    paths: list[str] = vars(values).pop("paths", None)
+    paths: list[str] | None = vars(values).pop("paths", None)
     for argument in unknown:
         if argument.removeprefix("--").partition("=")[0] in baked:
             parser.error(f"{argument} is part of the checkpoint and cannot be changed after training")
@@ -286,7 +293,7 @@ def _parse(
             parser.error(f"unknown argument {argument}")
         paths.append(argument)  # argparse takes only the first row of them: `a.wav --device cpu b.wav`
     try:
-        return Config(**vars(values)), paths
+        return Config(**vars(values)), paths or []
     except UserError as error:
         parser.error(str(error))
 

@@ -4,7 +4,7 @@ python inference.py                    the clips of the test folder -> submissio
 python inference.py a.wav clips/ ...   files, folders, patterns -> a CSV with probabilities on stdout
 """
 
-from config import RESUMABLE_FIELDS, Config, UserError, command, parse_runtime_config, say
+from config import RESUMABLE_FIELDS, SPLIT_FIELDS, Config, UserError, command, parse_runtime_config, say
 
 if __name__ == "__main__":
     parse_runtime_config(description=__doc__)  # answers --help and refuses a bad flag before torch is loaded
@@ -69,6 +69,8 @@ def expand_paths(arguments: Sequence[str]) -> list[Path]:
     """
     paths: list[Path] = []
     for argument in arguments:
+        if not argument:  # Path("") would be the current folder
+            raise UserError("an empty path: name files or folders")
         # Path.glob refuses absolute patterns.
         matches = [argument] if Path(argument).exists() else sorted(glob.glob(argument, recursive=True))  # noqa: PTH207
         for match in map(Path, matches):
@@ -173,6 +175,12 @@ def submit(checkpoint: Checkpoint, model: EmotionCNNGRU, cfg: Config, device: to
     Raises:
         UserError: A clip cannot be read and no fill is given; an earlier submission is as it was.
     """
+    if cfg.demo != checkpoint.config.demo:
+        known, asked = ("the demo", "your") if checkpoint.config.demo else ("your", "the demo")
+        raise UserError(
+            f"{cfg.checkpoint} was trained on {known} corpus, not on {asked} corpus: "
+            "set --demo to match, or name another --checkpoint"
+        )
     if cfg.demo:
         make_demo(cfg.data_root)
     labels = checkpoint.labels
@@ -180,7 +188,8 @@ def submit(checkpoint: Checkpoint, model: EmotionCNNGRU, cfg: Config, device: to
         raise UserError(f"fill = {cfg.fill!r}: must be one of {', '.join(labels)}")
     paths = find_test_clips(cfg.test_root)
     names = [path.name for path in paths]
-    samples = [folder / "sample_submission.csv" for folder in (cfg.data_root, cfg.data_root.parent)]
+    beside = [cfg.test_root.parent] if cfg.test_dir else [cfg.data_root, cfg.data_root.parent]
+    samples = (folder / "sample_submission.csv" for folder in beside)
     sample = next((sample for sample in samples if sample.is_file()), None)
     differences = compare_with_sample(sample, names, labels) if sample else []
     for difference in differences:
@@ -206,8 +215,8 @@ def submit(checkpoint: Checkpoint, model: EmotionCNNGRU, cfg: Config, device: to
     n_rows = write_submission(rows, Path(cfg.submission))
     if failures:
         say(f"warning: {len(failures)} of {n_rows} rows are not predictions but filled with {cfg.fill}")
-    agrees = f", ids as in {sample}" if sample and not differences else ""
-    print(f"{n_rows} rows in {cfg.submission}{agrees}")
+    verdict = f"; ids not as in {sample}" if differences else f", ids as in {sample}" if sample else ""
+    print(f"{n_rows} rows in {cfg.submission}{verdict}")
     return 1 if differences else 0
 
 
@@ -239,7 +248,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     runtime, paths = parse_runtime_config(argv, description=__doc__)
     checkpoint = load_checkpoint(Path(runtime.checkpoint))
     cfg = checkpoint.config.with_runtime(runtime)
-    if differences := runtime.differences(cfg, ignore=RESUMABLE_FIELDS):
+    if checkpoint.epoch == 0:
+        raise UserError(
+            f"{runtime.checkpoint} holds an untrained network: its run ended before the first epoch"
+        )
+    if differences := runtime.differences(cfg, ignore=RESUMABLE_FIELDS | SPLIT_FIELDS):
         say(f"note: settings are those of the checkpoint, not of config.py ({'; '.join(differences)})")
     if checkpoint.config.demo:
         say("note: this model knows only the synthetic demo corpus: on real speech it guesses")

@@ -202,9 +202,9 @@ class Checkpoint:
     labels: tuple[str, ...]  # class names in the order of the logits
     weights: dict[str, Tensor]  # state of EmotionCNNGRU, feature statistics (mean, std) included
     epoch: int  # finished epochs when it was made
-    scores: dict[str, float]  # of this epoch: val_accuracy and others
+    scores: dict[str, float]  # of this epoch on the validation clips: accuracy, uar, macro_f1
     n_clips: dict[str, int]  # training clips per class
-    files: str  # hash of the names of all clips and of their split
+    files: str  # hash of the features of all clips, their classes and their split
     versions: dict[str, str]  # of Python and the libraries
     training: dict[str, Any] = field(default_factory=dict)  # state of the run, for --resume only
 
@@ -232,6 +232,8 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         half.replace(path)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
         half.unlink(missing_ok=True)
 

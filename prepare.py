@@ -51,9 +51,7 @@ IntArray: TypeAlias = npt.NDArray[np.int64]
 # ---- finding clips --------------------------------------------------------------------------------------
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf"})
-FOREIGN_SUFFIXES = frozenset(
-    {".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".3gp"}
-)  # libsndfile has no decoder
+FOREIGN_SUFFIXES = frozenset({".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".3gp"})  # not for libsndfile
 
 
 class Clip(NamedTuple):
@@ -81,7 +79,7 @@ def find_audio(folder: Path) -> list[Path]:
     Files in formats that cannot be decoded are listed too, so that they are reported and not overlooked.
     """
     found: list[Path] = []
-    for parent, folders, files in os.walk(folder):
+    for parent, folders, files in os.walk(folder, onerror=lambda error: say(f"skipped {error}")):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     return sorted(
@@ -104,7 +102,9 @@ def find_labels(data_dir: Path, *, skip: Path | None = None) -> tuple[str, ...]:
             f"no data folder {data_dir}: give one with a folder of clips per emotion, or try --demo"
         )
     folders = [p for p in data_dir.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX"))]
-    labels = sorted(p.name for p in folders if p.name != "Test" and p.resolve() != (skip and skip.resolve()))
+    labels = sorted(
+        p.name for p in folders if p.name.lower() != "test" and p.resolve() != (skip and skip.resolve())
+    )
     if not labels:
         raise UserError(f"no class folders in {data_dir}: expected one folder of clips per emotion")
     return tuple(labels)
@@ -173,7 +173,7 @@ def load_audio(path: Path, *, sample_rate: int, n_samples: int) -> FloatArray:
             rate, channels = file.samplerate, file.channels
             if not 1000 <= rate <= 768_000 or channels > 16:
                 raise AudioError(
-                    path, f"{rate} Hz and {channels} channels: more or less than any recording has"
+                    path, f"{rate} Hz and {channels} channels: not within 1,000 to 768,000 Hz and 16 channels"
                 )
             margin = 1024 * max(1, rate / sample_rate)  # for the resampler, which looks ahead
             wanted = math.ceil(n_samples * rate / sample_rate + margin)
@@ -522,8 +522,10 @@ def _read_tables(folder: Path, cfg: Config) -> tuple[dict[FileState, CacheRow], 
         try:
             content = json.loads(table.read_text(encoding="utf-8"))
             shard = _check_shard(table.with_suffix(".f32"), content, cfg)
-            for row, (path, size, mtime_ns, seconds, digest) in enumerate(content["clips"]):
-                rows[path, size, mtime_ns] = CacheRow(shard, row, seconds, digest)
+            rows |= {
+                (path, size, mtime_ns): CacheRow(shard, row, seconds, digest)
+                for row, (path, size, mtime_ns, seconds, digest) in enumerate(content["clips"])
+            }
         except (OSError, ValueError, KeyError, TypeError) as error:
             damaged.append((table, str(error)))
     return rows, damaged
@@ -648,7 +650,6 @@ def load_corpus(cfg: Config) -> Corpus:
         UserError: There are no clips, or too many cannot be read.
     """
     if cfg.demo:
-        say(f"note: synthetic demo corpus, not real speech, in {cfg.data_root}")
         make_demo(cfg.data_root)
     labels = find_labels(cfg.data_root, skip=cfg.test_root)
     clips = list_clips(cfg.data_root, labels)
@@ -919,15 +920,20 @@ def synthesize_clip(emotion: str, voice: Voice, rng: np.random.Generator, sample
     return np.asarray(np.tanh(speech + room), dtype=np.float32)
 
 
-def make_demo(folder: Path, *, n_speakers: int = 10, n_takes: int = 6, seed: int = 0) -> None:
+def make_demo(folder: Path, *, n_speakers: int = 10, n_takes: int = 9, seed: int = 0) -> None:
     """Write the corpus into `folder`, all of it or nothing; an existing `folder` is left as it is."""
+    say(f"note: synthetic demo corpus, not real speech, in {folder}")
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         draft = Path(scratch) / folder.name
         write_demo(draft, n_speakers, n_takes, seed)
-        draft.replace(folder)
+        try:
+            draft.replace(folder)
+        except OSError:
+            if not folder.exists():  # else another run has made the same meanwhile
+                raise
 
 
 def write_demo(folder: Path, n_speakers: int, n_takes: int, seed: int) -> None:
@@ -968,6 +974,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for row in zip(corpus.labels, counts, seconds, strict=True):
         print("{:{width}}  {:5d}  {:7.0f}".format(*row, width=width))
     print(f"{'total':{width}}  {counts.sum():5d}  {seconds.sum():7.0f}")
+    for folder in sorted(path for path in Path(cfg.cache_dir).iterdir() if path.is_dir()):
+        if folder.name != cache_key(cfg):
+            size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
+            say(f"note: {folder} holds {size:.0f} MB of features for other settings: delete it at will")
     return 0
 
 

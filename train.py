@@ -5,13 +5,23 @@
 writes best_emotion_model.pth and, into run/, history.csv, metrics.json, loss.png and confusion_matrix.png.
 """
 
-from config import RESUMABLE_FIELDS, RUNTIME_FIELDS, Config, UserError, command, parse_config, say
+from config import (
+    RESUMABLE_FIELDS,
+    RUNTIME_FIELDS,
+    Config,
+    Interrupted,
+    UserError,
+    command,
+    parse_config,
+    say,
+)
 
 if __name__ == "__main__":
     parse_config(
         description=__doc__
     )  # answers --help and refuses a bad flag before torch takes seconds to load
 
+import contextlib
 import csv
 import hashlib
 import io
@@ -19,7 +29,8 @@ import json
 import math
 import platform
 import time
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
@@ -164,10 +175,13 @@ class Scores(NamedTuple):
         return _ratio(2 * np.diag(self.confusion), self.confusion.sum(axis=0) + self.confusion.sum(axis=1))
 
     def summary(self) -> dict[str, float]:
-        """Accuracy, unweighted average recall and macro F1, over the classes that occur."""
+        """Accuracy, unweighted average recall (of the classes that occur) and macro F1."""
         present = self.confusion.sum(axis=1) > 0
-        recall, f1 = self.recall[present], self.f1[present]
-        return {"accuracy": self.accuracy, "uar": float(recall.mean()), "macro_f1": float(f1.mean())}
+        return {
+            "accuracy": self.accuracy,
+            "uar": float(self.recall[present].mean()),
+            "macro_f1": float(np.nanmean(self.f1)),  # a class predicted but absent counts, with 0
+        }
 
 
 def _ratio(part: IntArray, whole: IntArray) -> FloatArray:
@@ -298,6 +312,12 @@ class Run:
         """Whether all epochs are done, or early stopping says so."""
         return len(self.history) >= self.last.config.epochs or self.stopping.is_over
 
+    def take_best(self) -> Checkpoint:
+        """Go back to the weights of the best epoch, and return its checkpoint."""
+        assert self.best is not None  # the first finished epoch is the best so far
+        self.model.load_state_dict(self.best.weights)
+        return self.best
+
     def finish_epoch(self, trained: Outcome, checked: Outcome, seconds: float) -> bool:
         """Take in an epoch's results; True if it is the best so far."""
         scores = Scores.of(checked, len(self.last.labels)).summary()
@@ -341,6 +361,10 @@ def load_data(cfg: Config) -> tuple[Corpus, Split]:
         holdout_fraction=cfg.holdout_fraction,
         seed=cfg.seed,
     )
+    for name, part in (("val", split.val), ("holdout", split.holdout)):
+        absent = np.setdiff1d(corpus.targets, corpus.targets[part]).tolist() if len(part) else []
+        for label in absent:
+            say(f"warning: no {name} clip of class {corpus.labels[label]}: it has too few clips")
     return corpus, split
 
 
@@ -356,7 +380,9 @@ def fit(cfg: Config) -> dict[str, Any]:
     """
     device = resolve_device(cfg.device)
     run_dir, best_path, last_path = Path(cfg.run_dir), Path(cfg.checkpoint), Path(cfg.run_dir, "last.pth")
-    _spare_real_model(best_path, cfg)
+    if best_path.is_dir():
+        raise UserError(f"checkpoint = {cfg.checkpoint!r}: is a folder, must be a file")
+    _spare_real_model(cfg)
     corpus, split = load_data(cfg)
     print(describe_split(corpus, split), flush=True)
     loaders = [make_loader(corpus, part, cfg.batch_size, shuffle=part is split.train) for part in split]
@@ -365,6 +391,7 @@ def fit(cfg: Config) -> dict[str, Any]:
     if cfg.resume:
         run.resume(last_path)
     else:
+        _clear(run_dir)
         run.save(last_path)
     try:
         while not run.is_over:
@@ -383,39 +410,54 @@ def fit(cfg: Config) -> dict[str, Any]:
     except UserError as error:
         kept = f"{best_path} of epoch {run.best.epoch} is kept" if run.best else "there is no checkpoint yet"
         raise UserError(f"epoch {len(run.history) + 1}: {error} ({kept})", code=error.code) from None
-    finally:  # also on Ctrl-C and SIGTERM
+    except Interrupted:
+        say(f"stopped after epoch {len(run.history)}: the same command with --resume goes on from there")
+        raise
+    finally:
         if run.history:
-            save_figure(run_dir / "loss.png", plot_history(run.history, corpus_name(cfg)))
-        if not run.is_over:
-            say(f"stopped after epoch {len(run.history)}: `python train.py --resume` goes on from there")
+            save_figure(run_dir / "loss.png", lambda: plot_history(run.history, corpus_name(cfg)))
 
-    assert run.best is not None  # the first finished epoch is the best so far
-    save_checkpoint(best_path, run.best)  # again, since a resumed run may find another model there
-    run.model.load_state_dict(run.best.weights)
+    save_checkpoint(best_path, run.take_best())  # again, since a resumed run may find another model there
     reports = {
         name: measure(run.model, corpus, part, loader, criterion)
         for (name, part), loader in zip(split._asdict().items(), loaders, strict=True)
         if name != "train" and len(part)
     }
-    print("\n".join(report.table(f"{name} clips") for name, report in reports.items()))
-    name, report = list(reports.items())[-1]  # the held-out clips, if there are any
-    title = f"{corpus_name(cfg)}: {len(getattr(split, name)):,} {name} clips"
-    save_figure(run_dir / "confusion_matrix.png", plot_confusion(report.scores, corpus.labels, title))
+    print("\n".join(report.table(_PARTS[name]) for name, report in reports.items()))
     metrics = summarize(run, corpus, split, reports)
-    with replace_file(run_dir / "metrics.json") as file:
-        file.write(json.dumps(_without_nan(metrics), indent=2, allow_nan=False).encode())
-    print(f"best epoch {run.best.epoch} in {best_path}; figures, history and metrics in {run_dir}")
+    write_json(run_dir / "metrics.json", metrics)
+    name, report = list(reports.items())[-1]  # the held-out clips, if there are any
+    title = f"{corpus_name(cfg)}, {len(getattr(split, name)):,} {name} clips"
+    save_figure(run_dir / "confusion_matrix.png", lambda: plot_confusion(report.scores, corpus.labels, title))
+    print(f"best epoch {metrics['best_epoch']} in {best_path}; figures, history and metrics in {run_dir}")
     return metrics
 
 
-def _spare_real_model(path: Path, cfg: Config) -> None:
-    """Refuse to let a demo run overwrite a model of real data."""
-    try:
-        precious = cfg.demo and not load_checkpoint(path).config.demo
-    except UserError:  # there is none
+def _spare_real_model(cfg: Config) -> None:
+    """Refuse to let a demo run overwrite a model of real data, or its run."""
+    for path in (Path(cfg.checkpoint), Path(cfg.run_dir, "last.pth")):
+        with contextlib.suppress(UserError):  # there is none to spare
+            if cfg.demo and not load_checkpoint(path).config.demo:
+                break
+    else:
         return
-    if precious:
-        raise UserError(f"{path} was not trained on the demo corpus: move it, or pass --checkpoint demo.pth")
+    raise UserError(
+        f"{path} was not trained on the demo corpus: pass --checkpoint demo.pth --run_dir run_demo to keep it"
+    )
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove what an earlier run left, so that two never mix; an unfinished one is set aside."""
+    last_path = run_dir / "last.pth"
+    with contextlib.suppress(UserError):  # there is none, or it is damaged
+        last = load_checkpoint(last_path)
+        bad_epochs = last.training["stopping"]["bad_epochs"] if last.training else 0
+        if 0 < last.epoch < last.config.epochs and bad_epochs < last.config.patience:
+            aside = last_path.with_name("unfinished.pth")
+            last_path.replace(aside)
+            say(f"note: {last_path} of an unfinished run of {last.epoch} epochs is set aside as {aside}")
+    for name in ("last.pth", "history.csv", "metrics.json", "loss.png", "confusion_matrix.png"):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def _hash_files(corpus: Corpus, split: Split) -> str:
@@ -429,6 +471,12 @@ def _versions() -> dict[str, str]:
 
 
 # ---- the report -----------------------------------------------------------------------------------------
+
+
+_PARTS = {
+    "val": "validation clips (they chose the epoch, so that this flatters)",
+    "holdout": "held-out clips (scored once: the score to quote)",
+}
 
 
 class Report(NamedTuple):
@@ -503,16 +551,9 @@ def summarize(run: Run, corpus: Corpus, split: Split, reports: dict[str, Report]
     }
 
 
-def _without_nan(value: Any) -> Any:  # noqa: ANN401 - whatever JSON can hold
-    """Replace NaN by None: JSON knows null, but no NaN."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
 def corpus_name(cfg: Config) -> str:
     """What the data are called in figures and metrics."""
-    return "synthetic demo corpus" if cfg.demo else Path(cfg.data_dir).name
+    return "synthetic demo corpus" if cfg.demo else Path(cfg.data_dir).resolve().name
 
 
 def describe_split(corpus: Corpus, split: Split) -> str:
@@ -521,7 +562,7 @@ def describe_split(corpus: Corpus, split: Split) -> str:
     judges = set().union(*others) - {""}
     sizes = ", ".join(f"{len(part):,} {name}" for name, part in split._asdict().items())
     text = f"{len(corpus.labels)} classes; {sizes} clips, split at random, each class alike"
-    shared = f"; {len(judges & train)} of {len(judges)} speakers judged by are also trained on"
+    shared = f"; {len(judges & train)} of the {len(judges)} speakers in val and holdout are also in train"
     return text + shared if judges else text
 
 
@@ -547,6 +588,18 @@ def write_history(path: Path, history: Sequence[EpochRecord]) -> None:
         file.write(text.getvalue().encode())
 
 
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write JSON, with null for NaN, which JSON does not know."""
+    with replace_file(path) as file:
+        file.write(json.dumps(_without_nan(content), indent=2, allow_nan=False).encode())
+
+
+def _without_nan(value: Any) -> Any:  # noqa: ANN401 - whatever JSON can hold
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
 def plot_history(history: Sequence[EpochRecord], title: str) -> "Figure":
     """Draw loss and accuracy of training and validation, with the best epoch marked."""
     from matplotlib.figure import Figure  # noqa: PLC0415 - takes a second; and pyplot would want a display
@@ -554,7 +607,7 @@ def plot_history(history: Sequence[EpochRecord], title: str) -> "Figure":
     best = max(history, key=lambda record: record.val_accuracy)  # the first of equals
     epochs = [record.epoch for record in history]
     figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, parse_math=False)
     for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         axes.plot(
             epochs, [getattr(record, f"train_{name}") for record in history], label="training, with dropout"
@@ -578,19 +631,24 @@ def plot_confusion(scores: Scores, labels: Sequence[str], title: str) -> "Figure
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     figure.colorbar(image, label="share of the true class")
     ticks = range(len(labels))
-    axes.set_xticks(ticks, labels, rotation=45, ha="right")
-    axes.set_yticks(ticks, labels)
-    axes.set(xlabel="predicted", ylabel="true", title=f"{title}, {scores.accuracy:.1%} right")
+    axes.set_xticks(ticks, labels, rotation=45, ha="right", parse_math=False)
+    axes.set_yticks(ticks, labels, parse_math=False)
+    axes.set(xlabel="predicted", ylabel="true")
+    axes.set_title(f"{title}: {scores.accuracy:.1%} right", parse_math=False)
     for (row, column), count in np.ndenumerate(counts):
         color = "white" if shares[row, column] > 0.5 else "black"
         axes.text(column, row, str(count), ha="center", va="center", color=color)
     return figure
 
 
-def save_figure(path: Path, figure: "Figure") -> None:
-    """Write a figure as PNG."""
-    with replace_file(path) as file:
-        figure.savefig(file, format="png", dpi=150)
+def save_figure(path: Path, draw: Callable[[], "Figure"]) -> None:
+    """Draw a figure and write it as PNG; whatever goes wrong is a warning, since a model is worth more."""
+    try:
+        with warnings.catch_warnings(), replace_file(path) as file:
+            warnings.filterwarnings("ignore", "Glyph")  # a class name in a script that the font lacks
+            draw().savefig(file, format="png", dpi=150)
+    except Exception as error:
+        say(f"warning: {path} not drawn: {error}")
 
 
 # ---- the script -----------------------------------------------------------------------------------------
@@ -605,7 +663,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         with filelock.FileLock(Path(cfg.run_dir, "lock"), timeout=0):
             fit(cfg)
     except filelock.Timeout:
-        raise UserError(f"another run is writing to {cfg.run_dir}: wait for it or pass --run_dir") from None
+        raise UserError(
+            f"another run is writing to {cfg.run_dir}: wait for it, or pass both --run_dir and --checkpoint"
+        ) from None
     return 0
 
 

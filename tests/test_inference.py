@@ -532,3 +532,23 @@ def test_output_that_cannot_be_written_is_an_error(clips: Path) -> None:
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in result.stderr
+
+
+def test_untrained_network_is_refused(clips: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """last.pth of a run that was stopped in its first epoch."""
+    checkpoint = replace(load_checkpoint(Path("best_emotion_model.pth")), epoch=0)
+    save_checkpoint(Path("last.pth"), checkpoint)
+    assert main(["--checkpoint", "last.pth", "--device", "cpu", str(clips)]) == 2
+    assert "untrained" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("clips")
+def test_demo_labels_never_replace_real_ones(capfd: pytest.CaptureFixture[str]) -> None:
+    """A model of real clips and --demo, or the other way round, is a mistake."""
+    Path("submission.csv").write_text("precious")
+    assert main(["--demo", "--device", "cpu"]) == 2
+    checkpoint = load_checkpoint(Path("best_emotion_model.pth"))
+    save_checkpoint(Path("demo.pth"), replace(checkpoint, config=replace(checkpoint.config, demo=True)))
+    assert main(["--checkpoint", "demo.pth", "--device", "cpu"]) == 2
+    assert capfd.readouterr().err.count("corpus: set --demo to match") == 2
+    assert Path("submission.csv").read_text() == "precious"

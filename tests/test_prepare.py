@@ -176,7 +176,7 @@ def test_shuffled_listing_gives_the_same_clips(tmp_path: Path, monkeypatch: pyte
     assert expected == [Clip(tmp_path / name, "ABC".index(name[0])) for name in sorted(names)]
     walk, iterdir = os.walk, Path.iterdir
 
-    def shuffled_walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    def shuffled_walk(folder: Path, **_: object) -> Iterator[tuple[str, list[str], list[str]]]:
         for parent, folders, files in walk(folder):
             random.Random(1).shuffle(folders)
             yield parent, folders, random.Random(2).sample(files, len(files))

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import filelock
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 import train
-from config import Config, UserError
+from config import Config, Interrupted, UserError
 from model import Checkpoint, build_model, load_checkpoint, save_checkpoint
 from prepare import Clip, Corpus, Prepared, extract_file, load_corpus, split_clips
 from tests.conftest import RATE, tone
@@ -137,7 +137,8 @@ def test_evaluation_leaves_the_network_alone(rng: np.random.Generator) -> None:
 
 def test_separable_classes_are_learnt(tiny_cfg: Config) -> None:
     """From audio files to a perfect score on clips that were never trained on."""
-    metrics = fit(replace(tiny_cfg, epochs=12, learning_rate=1e-2, dropout=0.1))
+    cfg = replace(tiny_cfg, val_fraction=0.5, holdout_fraction=0.25)
+    metrics = fit(replace(cfg, epochs=12, learning_rate=1e-2, dropout=0.1))
     assert metrics["val"]["accuracy"] == metrics["holdout"]["accuracy"] == 1
 
 
@@ -619,8 +620,8 @@ def test_piped_output_is_plain_lines(tiny_cfg: Config, capfd: pytest.CaptureFixt
     assert "\r" not in out + err
     assert [line.split()[1] for line in out.splitlines() if line.startswith("epoch")] == ["1/3", "2/3", "3/3"]
     assert "epoch" not in err
-    assert "val clips: accuracy" in out
-    assert "holdout clips: accuracy" in out
+    assert "validation clips (they chose the epoch, so that this flatters): accuracy" in out
+    assert "held-out clips (scored once: the score to quote): accuracy" in out
 
 
 def test_scores_per_corpus(tiny_cfg: Config, tone_corpus: Path) -> None:
@@ -773,3 +774,70 @@ def test_demo_run_spares_a_real_model(
         assert error.value.code == 2
         assert str(path) in str(error.value)
     assert (path.read_bytes() if path.exists() else None) == before
+
+
+def test_fresh_run_sets_an_unfinished_one_aside(
+    tiny_cfg: Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Forgetting --resume once must not cost the hours before."""
+    stop_after(1, monkeypatch)
+    with pytest.raises(Interrupted):
+        fit(replace(tiny_cfg, epochs=3))
+    monkeypatch.undo()
+    interrupted = Path(tiny_cfg.run_dir, "last.pth").read_bytes()
+    fit(replace(tiny_cfg, epochs=2))
+    assert Path(tiny_cfg.run_dir, "unfinished.pth").read_bytes() == interrupted
+    assert "unfinished run of 1 epochs" in capfd.readouterr().err
+    fit(replace(tiny_cfg, epochs=2))  # the run before this one was finished
+    assert Path(tiny_cfg.run_dir, "unfinished.pth").read_bytes() == interrupted
+
+
+def stop_after(n_epochs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Raise Interrupted once an epoch has been told of, as Ctrl-C would."""
+    describe = train.describe_epoch
+
+    def stop(run: train.Run) -> str:
+        if len(run.history) == n_epochs:
+            raise Interrupted
+        return describe(run)
+
+    monkeypatch.setattr(train, "describe_epoch", stop)
+
+
+def test_fresh_run_removes_the_results_of_another(tiny_cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Metrics of one run beside the history of another would be believed."""
+    monkeypatch.setattr(train, "save_figure", save_figure)
+    fit(replace(tiny_cfg, epochs=1))
+    stop_after(1, monkeypatch)
+    with pytest.raises(Interrupted):
+        fit(tiny_cfg)
+    assert Path(tiny_cfg.run_dir, "loss.png").exists()
+    assert not Path(tiny_cfg.run_dir, "metrics.json").exists()
+    assert not Path(tiny_cfg.run_dir, "confusion_matrix.png").exists()
+
+
+def test_figure_that_cannot_be_drawn_is_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The model is worth more than its picture."""
+
+    def draw() -> NoReturn:
+        raise ValueError("no font")
+
+    save_figure(tmp_path / "loss.png", draw)
+    assert "loss.png not drawn: no font" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("label", ["a$^{$", "日本"])
+def test_any_class_name_can_be_drawn(label: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A dollar sign is no mathematics, and a letter that the font lacks no warning."""
+    scores = Scores(np.eye(2, dtype=np.int64))
+    save_figure(tmp_path / "confusion.png", lambda: train.plot_confusion(scores, [label, "Sad"], label))
+    assert (tmp_path / "confusion.png").exists()
+    assert not capfd.readouterr().err
+
+
+def test_checkpoint_path_that_is_a_folder_is_refused_at_once(
+    tiny_cfg: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags(replace(tiny_cfg, checkpoint=str(tmp_path)))) == 2
+    assert "is a folder" in capfd.readouterr().err
