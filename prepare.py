@@ -396,7 +396,7 @@ def _start_worker() -> None:
     """Leave signals to the parent, use one core, and end with the parent, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    torch.set_num_threads(1)
+    torch.set_num_threads(1)  # also since a forked process would wait for threads that only its parent has
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()

@@ -879,10 +879,11 @@ def test_two_processes_fill_one_cache(tmp_path: Path, cached: Config) -> None:
     barrier = context.Barrier(2)
 
     def fill(number: int) -> None:
+        torch.set_num_threads(1)  # a forked process has none of its parent's threads, and would wait for them
         barrier.wait(30)
         np.save(tmp_path / f"{number}.npy", all_features(paths, cached))
 
-    processes = [context.Process(target=fill, args=(number,)) for number in range(2)]
+    processes = [context.Process(target=fill, args=(number,), daemon=True) for number in range(2)]
     for process in processes:
         process.start()
     for process in processes:
