@@ -7,7 +7,8 @@ python inference.py a.wav clips/ ...   files, folders, patterns -> a CSV with pr
 from config import RESUMABLE_FIELDS, SPLIT_FIELDS, Config, UserError, command, parse_runtime_config, say
 
 if __name__ == "__main__":
-    parse_runtime_config(description=__doc__)  # answers --help and refuses a bad flag before torch is loaded
+    # Answers --help and refuses a bad flag at once: torch takes seconds to load.
+    parse_runtime_config(description=__doc__)
 
 import csv
 import glob

@@ -223,9 +223,8 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             if time.time() - stale.stat().st_mtime > 60:  # no write takes a minute
                 stale.unlink()
-    half = path.with_name(
-        f"{path.name}.{os.getpid()}.tmp"
-    )  # same folder: elsewhere, replacing is no single step
+    # In the same folder, for from another file system it could not be replaced in a single step.
+    half = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with half.open("wb") as file:
             yield file

@@ -8,9 +8,8 @@ fills the cache and prints clips and seconds per class, and what was skipped and
 from config import Config, UserError, command, parse_config, say
 
 if __name__ == "__main__":
-    parse_config(
-        description=__doc__
-    )  # answers --help and refuses a bad flag before torch takes seconds to load
+    # Answers --help and refuses a bad flag at once: torch takes seconds to load.
+    parse_config(description=__doc__)
 
 import contextlib
 import functools
@@ -255,9 +254,8 @@ def delta_matrix(n_frames: int, order: int) -> Tensor:
     """
     width = 9
     fit = np.linalg.pinv(np.vander(np.arange(width) - width // 2, order + 1, increasing=True))
-    weights = (
-        math.factorial(order) * fit[order]
-    )  # of the nine frames; a degree-n polynomial has one n-th derivative
+    # A polynomial of degree n has one n-th derivative, wherever in the nine frames it is taken.
+    weights = math.factorial(order) * fit[order]
     matrix = np.zeros((n_frames, n_frames))
     for frame in range(n_frames):
         start = min(max(frame - width // 2, 0), n_frames - width)
@@ -285,9 +283,8 @@ def extract_features(waves: Tensor, cfg: Config) -> Tensor:
     real, imaginary = torch.view_as_real(spectrum).square().unbind(dim=-1)
     power = real + imaginary
     bands = mel_bands(cfg.sample_rate, cfg.n_fft, cfg.n_mels)
-    mel = torch.cat(
-        [filters.to(power.device) @ power[:, bins] for bins, filters in bands], dim=1
-    )  # (B, n_mels, T)
+    parts = [filters.to(power.device) @ power[:, bins] for bins, filters in bands]
+    mel = torch.cat(parts, dim=1)  # (B, n_mels, T)
     decibels = 10 * mel.clamp(min=1e-10).log10()
     decibels = decibels.maximum(decibels.amax(dim=(1, 2), keepdim=True) - 80)
     mfcc = dct_matrix(cfg.n_mfcc, cfg.n_mels).to(waves.device) @ decibels  # (B, n_mfcc, T)
@@ -308,9 +305,8 @@ class ClipFeatures(NamedTuple):
 
 
 CHUNK = 32  # files per task of a worker: long enough to hide the task's own cost
-START_METHOD = (
-    "fork" if sys.platform == "linux" else "spawn"
-)  # fork is safe for our workers and starts at once
+# A forked worker starts at once, and does nothing that fork makes unsafe; elsewhere than on Linux, others do.
+START_METHOD = "fork" if sys.platform == "linux" else "spawn"
 
 
 def extract_file(path: Path, cfg: Config) -> ClipFeatures:

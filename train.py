@@ -17,9 +17,8 @@ from config import (
 )
 
 if __name__ == "__main__":
-    parse_config(
-        description=__doc__
-    )  # answers --help and refuses a bad flag before torch takes seconds to load
+    # Answers --help and refuses a bad flag at once: torch takes seconds to load.
+    parse_config(description=__doc__)
 
 import contextlib
 import csv

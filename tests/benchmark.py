@@ -1,0 +1,235 @@
+"""How fast it is, as ratios measured side by side in one run; speed is never part of a test.
+
+    python tests/benchmark.py [--data_dir DIR] [--repeats N]
+
+prints a table and writes benchmark.json into the working directory. Without a data folder it measures on
+the demo corpus. What is compared takes turns, after a warm-up, and the figures are medians.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+import librosa
+import numpy as np
+import torch
+from torch import nn
+
+from config import Config
+from inference import predict
+from model import build_model
+from prepare import (
+    dct_matrix,
+    extract_features,
+    extract_file,
+    find_audio,
+    fix_length,
+    iter_features,
+    load_audio,
+    load_corpus,
+    mel_bands,
+    n_processes,
+    write_demo,
+)
+from train import make_loader, run_epoch
+
+
+class Row(NamedTuple):
+    """One comparison."""
+
+    what: str
+    seconds: float  # ours
+    baseline: str
+    baseline_seconds: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times as fast as the baseline we are."""
+        return self.baseline_seconds / self.seconds
+
+
+def race(*runners: Callable[[], object], repeats: int) -> list[float]:
+    """Median seconds of each, run in turns after one warm-up."""
+    times = np.empty((repeats + 1, len(runners)))
+    for turn in range(repeats + 1):
+        for number, runner in enumerate(runners):
+            start = time.perf_counter()
+            runner()
+            times[turn, number] = time.perf_counter() - start
+    return np.median(times[1:], axis=0).tolist()
+
+
+def librosa_features(path: Path, cfg: Config) -> np.ndarray:
+    """What a straightforward script does: (120, 130) float32."""
+    wave, _ = librosa.load(path, sr=cfg.sample_rate)
+    return librosa_of_wave(librosa.util.fix_length(wave, size=cfg.n_samples), cfg)
+
+
+def librosa_of_wave(wave: np.ndarray, cfg: Config) -> np.ndarray:
+    """The feature step alone."""
+    mfcc = librosa.feature.mfcc(
+        y=wave, sr=cfg.sample_rate, n_mfcc=cfg.n_mfcc, n_fft=cfg.n_fft, hop_length=cfg.hop_length
+    )
+    return np.vstack([mfcc, librosa.feature.delta(mfcc), librosa.feature.delta(mfcc, order=2)])
+
+
+def bare_features(wave: torch.Tensor, cfg: Config) -> Callable[[], object]:
+    """The arithmetic that no implementation can do without: FFT, mel products, logarithm, DCT."""
+    frames = (
+        torch.nn.functional.pad(wave, (cfg.n_fft // 2,) * 2).unfold(-1, cfg.n_fft, cfg.hop_length).clone()
+    )
+    power = torch.fft.rfft(frames).abs().square().T.contiguous()
+    bands = mel_bands(cfg.sample_rate, cfg.n_fft, cfg.n_mels)
+    mel = torch.cat([filters @ power[bins] for bins, filters in bands])
+    dct = dct_matrix(cfg.n_mfcc, cfg.n_mels)
+
+    def run() -> None:
+        torch.fft.rfft(frames)
+        for bins, filters in bands:
+            filters @ power[bins]
+        mel.log10()
+        dct @ mel
+
+    return run
+
+
+def feature_rows(paths: Sequence[Path], cfg: Config, repeats: int) -> list[Row]:
+    """Single clips, one thread."""
+    paths = paths[:100]
+    waves = [
+        fix_length(load_audio(p, sample_rate=cfg.sample_rate, n_samples=cfg.n_samples), cfg.n_samples)
+        for p in paths
+    ]
+    tensors = [torch.from_numpy(wave)[None] for wave in waves]
+    bare = bare_features(tensors[0][0], cfg)
+    ours, theirs, step, their_step, floor = race(
+        lambda: [extract_file(path, cfg) for path in paths],
+        lambda: [librosa_features(path, cfg) for path in paths],
+        lambda: [extract_features(tensor, cfg) for tensor in tensors],
+        lambda: [librosa_of_wave(wave, cfg) for wave in waves],
+        lambda: [bare() for _ in paths],
+        repeats=repeats,
+    )
+    return [
+        Row("clip: file to features", ours, "librosa.load, mfcc and two delta", theirs),
+        Row("clip: wave to features", step, "librosa mfcc and two delta", their_step),
+        Row("clip: wave to features", step, "bare FFT, mel, log and DCT", floor),
+    ]
+
+
+def core_rows(paths: Sequence[Path], cfg: Config, repeats: int) -> list[Row]:
+    """The folder over all cores; the ratio is to be held against the number of cores."""
+    n_cores = n_processes(cfg)
+    ours, alone = race(
+        lambda: list(iter_features(paths, cfg)),
+        lambda: list(iter_features(paths, replace(cfg, num_workers=0))),
+        repeats=repeats,
+    )
+    return [Row(f"folder to features, {n_cores} processes", ours, "one process", alone)]
+
+
+def training_rows(cfg: Config, repeats: int) -> list[Row]:
+    """An epoch of train.py against forward and backward on batches that are ready."""
+    corpus = load_corpus(cfg)
+    indices = np.arange(len(corpus.clips))[: 10 * cfg.batch_size]
+    model = build_model(cfg, len(corpus.labels))
+    criterion, optimizer = nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters(), cfg.learning_rate)
+    loader = make_loader(corpus, indices, cfg.batch_size, shuffle=True)
+    ready = list(loader)
+
+    def bare() -> None:
+        model.train()
+        for features, targets in ready:
+            optimizer.zero_grad()
+            criterion(model(features), targets).backward()
+            optimizer.step()
+
+    ours, floor = race(
+        lambda: run_epoch(model, loader, criterion, optimizer=optimizer), bare, repeats=repeats
+    )
+    return [Row(f"epoch of {len(indices)} clips", ours, "bare forward, backward and step", floor)]
+
+
+def inference_rows(paths: Sequence[Path], cfg: Config, repeats: int) -> list[Row]:
+    """A folder to labels, all cores, against a loop of librosa and single forward passes."""
+    model = build_model(cfg, 7).eval()
+
+    def loop() -> None:
+        with torch.inference_mode():
+            for path in paths:
+                model(torch.from_numpy(librosa_features(path, cfg))[None]).argmax()
+
+    ours, theirs = race(
+        lambda: list(predict(model, paths, cfg=cfg, device=torch.device("cpu"))), loop, repeats=repeats
+    )
+    return [
+        Row(
+            f"folder of {len(paths)} clips to labels, all cores",
+            ours,
+            "loop of librosa and batches of one",
+            theirs,
+        )
+    ]
+
+
+def start_rows(repeats: int) -> list[Row]:
+    """How long a command takes to answer, from a cold process."""
+
+    def command(*arguments: str) -> Callable[[], object]:
+        return lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+
+    answer, torch_alone = race(
+        command(str(REPO / "inference.py"), "--help"), command("-c", "import torch"), repeats=repeats
+    )
+    return [Row("inference.py --help", answer, "import torch", torch_alone)]
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data_dir", type=Path, help="class folders; none: the demo corpus")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        data_dir = arguments.data_dir or Path(scratch, "demo")
+        if not arguments.data_dir:
+            write_demo(data_dir, n_speakers=10, n_takes=9, seed=0)
+        cfg = Config(data_dir=str(data_dir), cache_dir=str(Path(scratch, "cache")), device="cpu")
+        paths = find_audio(data_dir)
+        paths = paths[:: max(1, len(paths) // 600)]
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        rows = feature_rows(paths, cfg, arguments.repeats)
+        rows += core_rows(paths, cfg, arguments.repeats)
+        torch.set_num_threads(threads)
+        rows += inference_rows(paths, cfg, arguments.repeats)
+        rows += training_rows(cfg, arguments.repeats)
+    rows += start_rows(arguments.repeats)
+    for row in rows:
+        theirs = f"{row.baseline} ({row.baseline_seconds:.3f} s)"
+        print(f"{row.what:42} {row.seconds:8.3f} s  {row.ratio:5.2f} x  {theirs}")
+    content = {
+        "corpus": arguments.data_dir.name if arguments.data_dir else "synthetic demo corpus",
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "repeats": arguments.repeats,
+        "rows": [{**row._asdict(), "ratio": row.ratio} for row in rows],
+    }
+    Path("benchmark.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
