@@ -1,4 +1,4 @@
-"""What can be turned: every knob of the pipeline, and the command line made from them.
+"""Every knob of the pipeline, and the command line made from them.
 
 Edit a default below, or give it as a flag: `python train.py --learning_rate 5e-4`. inference.py takes only
 the flags that say where and on what to run: the rest it finds in the checkpoint.
@@ -316,7 +316,7 @@ def say(message: str) -> None:
 
 
 def _drop_output() -> None:
-    """Send what is left in the buffer of stdout nowhere, if it cannot go out."""
+    """Empty the buffer of stdout, into nowhere if it cannot go out: at exit Python would complain of it."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -348,16 +348,15 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             say("interrupted")
             return stopped.code
         except BrokenPipeError:  # the reader of our output has left, as `head` does
-            _drop_output()
             return 0
         except OSError as error:
-            _drop_output()
             where = f"{error.filename}: " if error.filename else ""
             say(f"error: {where}{error.strerror or error}")
             return 1
         else:
             return code
         finally:
+            _drop_output()
             for signum, handler in before.items():
                 signal.signal(signum, handler)
 

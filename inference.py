@@ -1,4 +1,4 @@
-"""So what: labels clips with a trained checkpoint.
+"""Labels clips with a trained checkpoint.
 
 python inference.py                    the clips of the test folder -> submission.csv
 python inference.py a.wav clips/ ...   files, folders, patterns -> a CSV with probabilities on stdout

@@ -1,4 +1,4 @@
-"""With what: the network, the dataset that feeds it, and the checkpoint file that holds it."""
+"""The network, the dataset that feeds it, and the checkpoint file that holds it."""
 
 import contextlib
 import glob
@@ -217,9 +217,8 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
         OSError: It cannot be written; the old file is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(
-        f"{glob.escape(path.name)}.*.tmp"
-    ):  # of a run that was killed while writing
+    # What a run that was killed while writing has left.
+    for stale in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
         with contextlib.suppress(OSError):
             if time.time() - stale.stat().st_mtime > 60:  # no write takes a minute
                 stale.unlink()
@@ -279,11 +278,8 @@ def _read_checkpoint(path: Path) -> Checkpoint:
     if not isinstance(content, dict) or content.get("version") != VERSION:
         raise ValueError(f"not a checkpoint of layout {VERSION}")
     del content["version"]
-    config, labels, weights = (
-        Config.from_dict(content.pop("config")),
-        content.pop("labels"),
-        content["weights"],
-    )
+    config = Config.from_dict(content.pop("config"))
+    labels, weights = content.pop("labels"), content["weights"]
     if not (labels and all(isinstance(label, str) for label in labels) and len(set(labels)) == len(labels)):
         raise ValueError("no class names")
     if not all(isinstance(value, Tensor) and bool(value.isfinite().all()) for value in weights.values()):

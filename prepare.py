@@ -1,4 +1,4 @@
-"""From what: finds the clips, standardises them and extracts their features into a cache.
+"""Finds the clips, standardises them and extracts their features into a cache.
 
     python prepare.py
 

@@ -1,4 +1,4 @@
-"""How: trains the network, keeps the best checkpoint and says how good it is.
+"""Trains the network, keeps the best checkpoint and says how good it is.
 
     python train.py
 
@@ -240,7 +240,7 @@ class Run:
 
     @classmethod
     def start(cls, cfg: Config, corpus: Corpus, split: Split, device: torch.device) -> "Run":
-        """A fresh network and optimizer; mean, deviation and class weights come from training clips alone."""
+        """Make a fresh network and optimizer; mean and deviation come from the training clips alone."""
         seed_everything(cfg.seed, 0)
         mean, std = feature_stats(corpus.prepared.features, split.train)
         model = build_model(cfg, len(corpus.labels), mean=mean, std=std).to(device)
@@ -434,15 +434,16 @@ def fit(cfg: Config) -> dict[str, Any]:
 
 def _spare_real_model(cfg: Config) -> None:
     """Refuse to let a demo run overwrite a model of real data, or its run."""
-    for path in (Path(cfg.checkpoint), Path(cfg.run_dir, "last.pth")):
-        with contextlib.suppress(UserError):  # there is none to spare
-            if cfg.demo and not load_checkpoint(path).config.demo:
-                break
-    else:
-        return
-    raise UserError(
-        f"{path} was not trained on the demo corpus: pass --checkpoint demo.pth --run_dir run_demo to keep it"
-    )
+    for path in (Path(cfg.checkpoint), Path(cfg.run_dir, "last.pth")) if cfg.demo else ():
+        try:
+            is_real = not load_checkpoint(path).config.demo
+        except UserError:  # there is none to spare
+            continue
+        if is_real:
+            raise UserError(
+                f"{path} was not trained on the demo corpus: "
+                "pass --checkpoint demo.pth --run_dir run_demo to keep it"
+            )
 
 
 def _clear(run_dir: Path) -> None:
