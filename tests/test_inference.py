@@ -552,3 +552,20 @@ def test_demo_labels_never_replace_real_ones(capfd: pytest.CaptureFixture[str]) 
     assert main(["--checkpoint", "demo.pth", "--device", "cpu"]) == 2
     assert capfd.readouterr().err.count("corpus: set --demo to match") == 2
     assert Path("submission.csv").read_text() == "precious"
+
+
+def test_empty_path_is_refused(clips: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """An unset shell variable must not label everything below the current folder."""
+    assert main(["--device", "cpu", str(clips), ""]) == 2
+    assert "empty path" in capfd.readouterr().err
+
+
+def test_other_test_folder_has_a_sample_of_its_own(clips: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The sample in data_dir lists other clips."""
+    Path("data/dataset/sample_submission.csv").write_text(sample_of(["77.wav"]))
+    shutil.copytree(clips, "other/clips")
+    arguments = ["--test_dir", "other/clips", "--device", "cpu"]
+    assert main(arguments) == 0
+    Path("other/sample_submission.csv").write_text(sample_of(["78.wav"]))
+    assert main(arguments) == 1
+    assert "78.wav" in capfd.readouterr().err

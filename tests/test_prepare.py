@@ -1256,3 +1256,22 @@ def test_split_does_not_depend_on_the_names_of_groups(rng: np.random.Generator) 
     other = split_clips(targets, [str(names[group]) for group in shared], **settings)
     for part, same in zip(one, other, strict=True):
         np.testing.assert_array_equal(part, same)
+
+
+def test_two_runs_may_make_the_demo_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second finds the folder of the first in its way, and takes it."""
+    folder = tmp_path / "demo"
+
+    def write(draft: Path, *_: object) -> None:
+        for made in (draft, folder):  # the other run is ready just before us
+            (made / "Angry").mkdir(parents=True)
+
+    monkeypatch.setattr(prepare, "write_demo", write)
+    prepare.make_demo(folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["demo", "Angry"]
+
+
+def test_test_folder_is_no_class_however_it_is_spelled(tmp_path: Path) -> None:
+    for name in ("Angry", "test"):
+        (tmp_path / name).mkdir()
+    assert find_labels(tmp_path) == ("Angry",)

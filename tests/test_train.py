@@ -841,3 +841,15 @@ def test_checkpoint_path_that_is_a_folder_is_refused_at_once(
 ) -> None:
     assert main(flags(replace(tiny_cfg, checkpoint=str(tmp_path)))) == 2
     assert "is a folder" in capfd.readouterr().err
+
+
+def test_class_that_no_clip_judges_is_warned_of(
+    tiny_cfg: Config, tone_corpus: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its recall would be missing from the average without a word."""
+    (tone_corpus / "Rare").mkdir()
+    shutil.copy(tone_corpus / "Test" / "0.wav", tone_corpus / "Rare")
+    train.load_data(tiny_cfg)
+    errors = capfd.readouterr().err
+    assert "no val clip of class Rare" in errors
+    assert "no holdout clip of class Rare" in errors
