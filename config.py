@@ -311,8 +311,9 @@ def printable(text: str) -> str:
 
 
 def say(message: str) -> None:
-    """Print one line to stderr; stdout is for results."""
-    print(printable(message), file=sys.stderr, flush=True)
+    """Print one line to stderr; stdout is for results. Of the processes of torchrun the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(printable(message), file=sys.stderr, flush=True)
 
 
 def _drop_output() -> None:

@@ -247,6 +247,8 @@ def label_paths(
 def main(argv: Sequence[str] | None = None) -> int:
     """Label a test folder for a submission, or the files named."""
     runtime, paths = parse_runtime_config(argv, description=__doc__)
+    # The cores belong to the workers; and for one clip, starting more threads takes longer than the work.
+    torch.set_num_threads(1)
     checkpoint = load_checkpoint(Path(runtime.checkpoint))
     cfg = checkpoint.config.with_runtime(runtime)
     if checkpoint.epoch == 0:

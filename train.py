@@ -3,6 +3,7 @@
     python train.py
 
 writes best_emotion_model.pth and, into run/, history.csv, metrics.json, loss.png and confusion_matrix.png.
+On several devices or machines: `torchrun --nproc_per_node 2 train.py`.
 """
 
 from config import (
@@ -26,20 +27,22 @@ import hashlib
 import io
 import json
 import math
+import os
 import platform
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import filelock
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
 from model import (
@@ -58,6 +61,64 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Loader: TypeAlias = DataLoader[tuple[Tensor, Tensor]]
+T = TypeVar("T")
+
+# ---- processes ------------------------------------------------------------------------------------------
+
+
+class Team(NamedTuple):
+    """The processes that train one network together, as torchrun starts them; one alone without it.
+
+    All load the same data and come to the same decisions; each computes its share of every batch, and the
+    first alone writes and prints.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the one that writes."""
+        return self.rank == 0
+
+    def device(self, name: str) -> torch.device:
+        """The device of that name; each process of several has a GPU of its own.
+
+        Raises:
+            UserError: The machine has no such device, or fewer than there are processes.
+        """
+        device = resolve_device(name)
+        if self.size > 1 and device.type == "cuda":
+            return resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
+        return device
+
+    def gather(self, mine: T) -> list[T]:
+        """What each process has, in the order of ranks; all must ask for it."""
+        everyone: list[Any] = [mine] * self.size
+        if self.size > 1:
+            distributed.all_gather_object(everyone, mine)
+        return everyone
+
+
+@contextlib.contextmanager
+def join_team(device_name: str) -> Iterator[Team]:
+    """Find the other processes, if it is torchrun that started this one."""
+    if not distributed.is_torchelastic_launched():
+        yield Team()
+        return
+    on_gpu = resolve_device(device_name).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        team = Team(distributed.get_rank(), distributed.get_world_size())
+        with contextlib.nullcontext() if team.leads else contextlib.redirect_stdout(None):
+            yield team
+    finally:
+        distributed.destroy_process_group()
+
+
+_ALONE = Team()
 
 # ---- one epoch ------------------------------------------------------------------------------------------
 
@@ -67,12 +128,12 @@ class Outcome(NamedTuple):
 
     loss: float  # class-weighted cross-entropy, mean over the batches
     predictions: IntArray  # (N,) in the order of the targets
-    targets: IntArray  # (N,)
+    targets: IntArray  # (N,) those of all processes
 
 
-def seed_everything(seed: int, epoch: int) -> None:
-    """Seed dropout and shuffling for one epoch, so that a resumed run needs no state of generators."""
-    torch.manual_seed(seed * 1_000_003 + epoch)
+def seed_everything(seed: int, epoch: int, rank: int = 0) -> None:
+    """Seed dropout for one epoch of one process, so that a resumed run needs no state of generators."""
+    torch.manual_seed((seed * 1_000_003 + epoch) * 10_007 + rank)
 
 
 def class_weights(targets: IntArray, labels: Sequence[str]) -> Tensor:
@@ -87,12 +148,36 @@ def class_weights(targets: IntArray, labels: Sequence[str]) -> Tensor:
     return torch.from_numpy(weights.astype(np.float32))
 
 
-def make_loader(corpus: Corpus, indices: IntArray, batch_size: int, *, shuffle: bool) -> Loader:
-    """Feed some clips of a corpus in batches, in random order for training."""
+def make_loader(
+    corpus: Corpus,
+    indices: IntArray,
+    batch_size: int,
+    *,
+    shuffle: bool,
+    seed: int = 0,
+    team: Team = _ALONE,
+) -> Loader:
+    """Feed this process its share of some clips; for training in an order that each epoch changes.
+
+    Args:
+        corpus: Gives features and targets.
+        indices: (N,) the clips.
+        batch_size: Clips per step of all processes together.
+        shuffle: Whether the order is random: seed and epoch decide it, alike in all processes.
+        seed: Of the order.
+        team: The processes; each gets every team.size-th clip, and the last few get one twice if need be.
+    """
     dataset = EmotionDataset(corpus.prepared.features, corpus.targets, indices)
+    sampler: DistributedSampler[Any] = DistributedSampler(
+        dataset, team.size, team.rank, shuffle=shuffle, seed=seed
+    )
+    batch_size = max(2, batch_size // team.size)
     # Batch norm cannot learn from a single clip: a last batch of one waits for the next epoch.
-    drop_last = shuffle and len(dataset) % batch_size == 1
-    return DataLoader(dataset, batch_size, shuffle=shuffle, drop_last=drop_last, collate_fn=_as_is)
+    drop_last = shuffle and len(sampler) % batch_size == 1
+    pin_memory = torch.cuda.is_available()  # from where a copy to the GPU need not be waited for
+    return DataLoader(
+        dataset, batch_size, sampler=sampler, drop_last=drop_last, collate_fn=_as_is, pin_memory=pin_memory
+    )
 
 
 def _as_is(batch: Any) -> Any:  # noqa: ANN401 - DataLoader declares a list, and passes what the dataset gave
@@ -101,27 +186,33 @@ def _as_is(batch: Any) -> Any:  # noqa: ANN401 - DataLoader declares a list, and
 
 
 def run_epoch(
-    model: EmotionCNNGRU,
+    model: nn.Module,
     loader: Loader,
     criterion: nn.Module,
     *,
     optimizer: torch.optim.Optimizer | None = None,
     title: str = "",
+    team: Team = _ALONE,
 ) -> Outcome:
     """Pass once over the data: training with an optimizer, evaluation without.
+
+    Nothing in the loop waits for a GPU: losses and predictions stay on the device until the end.
+
+    Returns:
+        The outcome of all processes together.
 
     Raises:
         UserError: A loss is NaN or infinite; the message names the batch.
     """
-    device = model.mean.device
+    device = next(model.parameters()).device
     model.train(optimizer is not None)
     losses: list[Tensor] = []
     predictions: list[Tensor] = []
     targets: list[Tensor] = []
     with torch.set_grad_enabled(optimizer is not None), tqdm(loader, title, leave=False, disable=None) as bar:
         for features, wanted in bar:
-            logits = model(features.to(device))  # (B, C)
-            loss = criterion(logits, wanted.to(device))
+            logits = model(features.to(device, non_blocking=True))  # (B, C)
+            loss = criterion(logits, wanted.to(device, non_blocking=True))
             if optimizer is not None:
                 optimizer.zero_grad()
                 loss.backward()
@@ -132,11 +223,15 @@ def run_epoch(
             if not bar.disable:
                 right = (predictions[-1].cpu() == wanted).float().mean()
                 bar.set_postfix(loss=f"{loss.item():.2f}", accuracy=f"{right:.0%}", refresh=False)
-    per_batch = torch.stack(losses).cpu()  # looked at only now: a GPU need not be waited for at every step
-    if not per_batch.isfinite().all():
-        batch = int((~per_batch.isfinite()).nonzero()[0]) + 1
-        raise UserError(f"loss is {per_batch[batch - 1]:g} at batch {batch}: lower learning_rate", code=1)
-    return Outcome(float(per_batch.mean()), torch.cat(predictions).cpu().numpy(), torch.cat(targets).numpy())
+    mine = torch.stack(losses).cpu().numpy(), torch.cat(predictions).cpu().numpy(), torch.cat(targets).numpy()
+    # Clip by clip in the order of the loader; what a process was given twice is counted once.
+    per_batch, predicted, true = (np.stack(parts, axis=1) for parts in zip(*team.gather(mine), strict=True))
+    per_batch = per_batch.mean(axis=1)
+    if not np.isfinite(per_batch).all():
+        batch = int(np.flatnonzero(~np.isfinite(per_batch))[0])
+        raise UserError(f"loss is {per_batch[batch]:g} at batch {batch + 1}: lower learning_rate", code=1)
+    n_clips = len(loader.dataset)  # type: ignore[arg-type] # EmotionDataset has a length
+    return Outcome(float(per_batch.mean()), predicted.ravel()[:n_clips], true.ravel()[:n_clips])
 
 
 # ---- scores ---------------------------------------------------------------------------------------------
@@ -342,14 +437,17 @@ class Run:
         return is_best
 
 
-def load_data(cfg: Config) -> tuple[Corpus, Split]:
+def load_data(cfg: Config, team: Team = _ALONE) -> tuple[Corpus, Split]:
     """Load the corpus and split it.
 
     Raises:
         UserError: There is nothing to learn from, or the settings cannot train.
     """
-    if cfg.batch_size < 2:
-        raise UserError(f"batch_size = {cfg.batch_size}: must be at least 2 to train, for batch norm's sake")
+    if cfg.batch_size < 2 * team.size:
+        each = f" in each of {team.size} processes" if team.size > 1 else ""
+        raise UserError(
+            f"batch_size = {cfg.batch_size}: must be at least 2{each} to train, for batch norm's sake"
+        )
     corpus = load_corpus(cfg)
     if len(corpus.labels) < 2:
         raise UserError(f"only one class in {cfg.data_root}, {corpus.labels[0]}: nothing to tell apart")
@@ -367,7 +465,7 @@ def load_data(cfg: Config) -> tuple[Corpus, Split]:
     return corpus, split
 
 
-def fit(cfg: Config) -> dict[str, Any]:
+def fit(cfg: Config, team: Team = _ALONE) -> dict[str, Any]:
     """Train as the config says: data, split, network, epochs, report.
 
     Returns:
@@ -377,34 +475,81 @@ def fit(cfg: Config) -> dict[str, Any]:
         UserError: Data, settings or checkpoint do not allow the run, or its loss is no longer finite.
         Interrupted: Ctrl-C or SIGTERM; the finished epochs are saved.
     """
-    device = resolve_device(cfg.device)
+    device = team.device(cfg.device)
     run_dir, best_path, last_path = Path(cfg.run_dir), Path(cfg.checkpoint), Path(cfg.run_dir, "last.pth")
     if best_path.is_dir():
         raise UserError(f"checkpoint = {cfg.checkpoint!r}: is a folder, must be a file")
     _spare_real_model(cfg)
-    corpus, split = load_data(cfg)
+    corpus, split = load_data(cfg, team)
     print(describe_split(corpus, split), flush=True)
-    loaders = [make_loader(corpus, part, cfg.batch_size, shuffle=part is split.train) for part in split]
+    loaders = [
+        make_loader(corpus, part, cfg.batch_size, shuffle=part is split.train, seed=cfg.seed, team=team)
+        for part in split
+    ]
     criterion = nn.CrossEntropyLoss(class_weights(corpus.targets[split.train], corpus.labels)).to(device)
     run = Run.start(cfg, corpus, split, device)
     if cfg.resume:
         run.resume(last_path)
-    else:
+    elif team.leads:
         _clear(run_dir)
         run.save(last_path)
+    model = DistributedDataParallel(run.model) if team.size > 1 else run.model
+    train_epochs(run, model, loaders, criterion, team=team)
+    best = run.take_best()
+    if team.leads:
+        save_checkpoint(best_path, best)  # again, since a resumed run may find another model there
+    reports = {
+        name: measure(model, corpus, part, loader, criterion, team=team)
+        for (name, part), loader in zip(split._asdict().items(), loaders, strict=True)
+        if name != "train" and len(part)
+    }
+    print("\n".join(report.table(_PARTS[name]) for name, report in reports.items()))
+    metrics = summarize(run, corpus, split, reports, team=team)
+    if team.leads:
+        write_json(run_dir / "metrics.json", metrics)
+        name, report = list(reports.items())[-1]  # the held-out clips, if there are any
+        title = f"{metrics['corpus']}, {len(getattr(split, name)):,} {name} clips"
+        save_figure(
+            run_dir / "confusion_matrix.png", lambda: plot_confusion(report.scores, corpus.labels, title)
+        )
+    print(f"best epoch {metrics['best_epoch']} in {best_path}; figures, history and metrics in {run_dir}")
+    return metrics
+
+
+def train_epochs(
+    run: Run, model: nn.Module, loaders: Sequence[Loader], criterion: nn.Module, *, team: Team = _ALONE
+) -> None:
+    """Train until the epochs are done or early stopping says so, and save after each.
+
+    Args:
+        run: Where it stands; brought up to date.
+        model: run.model, or its wrapper that shares the gradients of a team.
+        loaders: Of the training and the validation clips.
+        criterion: The loss.
+        team: The processes.
+
+    Raises:
+        UserError: The loss is no longer finite; says which checkpoint is kept.
+        Interrupted: Ctrl-C or SIGTERM; the finished epochs are saved.
+    """
+    cfg = run.last.config
+    run_dir, best_path = Path(cfg.run_dir), Path(cfg.checkpoint)
     try:
         while not run.is_over:
             started = time.perf_counter()
             epoch = len(run.history) + 1
-            seed_everything(cfg.seed, epoch)
+            seed_everything(cfg.seed, epoch, team.rank)
+            loaders[0].sampler.set_epoch(epoch)  # type: ignore[attr-defined] # it is a DistributedSampler
             trained = run_epoch(
-                run.model, loaders[0], criterion, title=f"epoch {epoch}", optimizer=run.optimizer
+                model, loaders[0], criterion, title=f"epoch {epoch}", optimizer=run.optimizer, team=team
             )
-            checked = run_epoch(run.model, loaders[1], criterion, title="validation")
-            if run.finish_epoch(trained, checked, time.perf_counter() - started) and run.best:
-                save_checkpoint(best_path, run.best)
-            run.save(last_path)
-            write_history(run_dir / "history.csv", run.history)
+            checked = run_epoch(model, loaders[1], criterion, title="validation", team=team)
+            is_best = run.finish_epoch(trained, checked, time.perf_counter() - started)
+            if team.leads:
+                if is_best and run.best:
+                    save_checkpoint(best_path, run.best)
+                run.save(run_dir / "last.pth")
+                write_history(run_dir / "history.csv", run.history)
             print(describe_epoch(run), flush=True)
     except UserError as error:
         kept = f"{best_path} of epoch {run.best.epoch} is kept" if run.best else "there is no checkpoint yet"
@@ -413,23 +558,8 @@ def fit(cfg: Config) -> dict[str, Any]:
         say(f"stopped after epoch {len(run.history)}: the same command with --resume goes on from there")
         raise
     finally:
-        if run.history:
+        if run.history and team.leads:
             save_figure(run_dir / "loss.png", lambda: plot_history(run.history, corpus_name(cfg)))
-
-    save_checkpoint(best_path, run.take_best())  # again, since a resumed run may find another model there
-    reports = {
-        name: measure(run.model, corpus, part, loader, criterion)
-        for (name, part), loader in zip(split._asdict().items(), loaders, strict=True)
-        if name != "train" and len(part)
-    }
-    print("\n".join(report.table(_PARTS[name]) for name, report in reports.items()))
-    metrics = summarize(run, corpus, split, reports)
-    write_json(run_dir / "metrics.json", metrics)
-    name, report = list(reports.items())[-1]  # the held-out clips, if there are any
-    title = f"{corpus_name(cfg)}, {len(getattr(split, name)):,} {name} clips"
-    save_figure(run_dir / "confusion_matrix.png", lambda: plot_confusion(report.scores, corpus.labels, title))
-    print(f"best epoch {metrics['best_epoch']} in {best_path}; figures, history and metrics in {run_dir}")
-    return metrics
 
 
 def _spare_real_model(cfg: Config) -> None:
@@ -511,10 +641,16 @@ def _percent(share: float) -> str:
 
 
 def measure(
-    model: EmotionCNNGRU, corpus: Corpus, indices: IntArray, loader: Loader, criterion: nn.Module
+    model: nn.Module,
+    corpus: Corpus,
+    indices: IntArray,
+    loader: Loader,
+    criterion: nn.Module,
+    *,
+    team: Team = _ALONE,
 ) -> Report:
     """Score a model on some clips: as a whole, per class, and per corpus as the file names tell."""
-    outcome = run_epoch(model, loader, criterion)
+    outcome = run_epoch(model, loader, criterion, team=team)
     scores = Scores.of(outcome, len(corpus.labels))
     columns = zip(scores.precision, scores.recall, scores.f1, scores.confusion.sum(axis=1), strict=True)
     per_class = {
@@ -530,7 +666,9 @@ def measure(
     return Report(scores, {**scores.summary(), "loss": outcome.loss}, per_class, per_corpus)
 
 
-def summarize(run: Run, corpus: Corpus, split: Split, reports: dict[str, Report]) -> dict[str, Any]:
+def summarize(
+    run: Run, corpus: Corpus, split: Split, reports: dict[str, Report], *, team: Team = _ALONE
+) -> dict[str, Any]:
     """Everything worth keeping about a finished run, for metrics.json."""
     cfg = run.last.config
     assert run.best is not None
@@ -542,6 +680,7 @@ def summarize(run: Run, corpus: Corpus, split: Split, reports: dict[str, Report]
         "training_minutes": round(sum(record.seconds for record in run.history) / 60, 2),
         "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
         "hardware": f"{run.model.mean.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
+        "processes": team.size,
         "versions": run.last.versions,
         "config": cfg.to_dict(),
         **{
@@ -658,14 +797,19 @@ def save_figure(path: Path, draw: Callable[[], "Figure"]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Train."""
     cfg = parse_config(argv, description=__doc__)
-    Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
-    try:
-        with filelock.FileLock(Path(cfg.run_dir, "lock"), timeout=0):
-            fit(cfg)
-    except filelock.Timeout:
-        raise UserError(
-            f"another run is writing to {cfg.run_dir}: wait for it, or pass both --run_dir and --checkpoint"
-        ) from None
+    with join_team(cfg.device) as team:
+        if not team.leads:
+            fit(cfg, team)
+            return 0
+        Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
+        try:
+            with filelock.FileLock(Path(cfg.run_dir, "lock"), timeout=0):
+                fit(cfg, team)
+        except filelock.Timeout:
+            raise UserError(
+                f"another run is writing to {cfg.run_dir}: "
+                "wait for it, or pass both --run_dir and --checkpoint"
+            ) from None
     return 0
 
 

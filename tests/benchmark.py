@@ -1,9 +1,10 @@
 """How fast it is, as ratios measured side by side in one run; speed is never part of a test.
 
-    python tests/benchmark.py [--data_dir DIR] [--repeats N]
+    python tests/benchmark.py [--data_dir DIR] [--repeats N] [--scale N [N ...]]
 
 prints a table and writes benchmark.json into the working directory. Without a data folder it measures on
-the demo corpus. What is compared takes turns, after a warm-up, and the figures are medians.
+the demo corpus. What is compared takes turns, after a warm-up, and the figures are medians. --scale measures
+time and memory on that many synthetic clips instead.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import wave
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -34,7 +36,6 @@ from prepare import (
     extract_features,
     extract_file,
     find_audio,
-    fix_length,
     iter_features,
     load_audio,
     load_corpus,
@@ -89,17 +90,17 @@ def bare_features(wave: torch.Tensor, cfg: Config) -> Callable[[], object]:
     frames = (
         torch.nn.functional.pad(wave, (cfg.n_fft // 2,) * 2).unfold(-1, cfg.n_fft, cfg.hop_length).clone()
     )
-    power = torch.fft.rfft(frames).abs().square().T.contiguous()
+    power = torch.fft.rfft(frames).abs().square()
     bands = mel_bands(cfg.sample_rate, cfg.n_fft, cfg.n_mels)
-    mel = torch.cat([filters @ power[bins] for bins, filters in bands])
+    mel = torch.cat([power[:, bins] @ filters for bins, filters in bands], dim=1)
     dct = dct_matrix(cfg.n_mfcc, cfg.n_mels)
 
     def run() -> None:
         torch.fft.rfft(frames)
         for bins, filters in bands:
-            filters @ power[bins]
+            power[:, bins] @ filters
         mel.log10()
-        dct @ mel
+        dct @ mel.T
 
     return run
 
@@ -108,8 +109,10 @@ def feature_rows(paths: Sequence[Path], cfg: Config, repeats: int) -> list[Row]:
     """Single clips, one thread."""
     paths = paths[:100]
     waves = [
-        fix_length(load_audio(p, sample_rate=cfg.sample_rate, n_samples=cfg.n_samples), cfg.n_samples)
-        for p in paths
+        librosa.util.fix_length(
+            load_audio(path, sample_rate=cfg.sample_rate, n_samples=cfg.n_samples), size=cfg.n_samples
+        )
+        for path in paths
     ]
     tensors = [torch.from_numpy(wave)[None] for wave in waves]
     bare = bare_features(tensors[0][0], cfg)
@@ -183,16 +186,108 @@ def inference_rows(paths: Sequence[Path], cfg: Config, repeats: int) -> list[Row
     ]
 
 
-def start_rows(repeats: int) -> list[Row]:
+def start_rows(clip: Path, scratch: Path, repeats: int) -> list[Row]:
     """How long a command takes to answer, from a cold process."""
 
-    def command(*arguments: str) -> Callable[[], object]:
-        return lambda: subprocess.run([sys.executable, *arguments], check=True, capture_output=True)
+    def command(*arguments: str | Path) -> Callable[[], object]:
+        words = [sys.executable, *map(str, arguments)]
+        return lambda: subprocess.run(words, check=True, capture_output=True, cwd=scratch)
 
-    answer, torch_alone = race(
-        command(str(REPO / "inference.py"), "--help"), command("-c", "import torch"), repeats=repeats
+    command(REPO / "train.py", "--demo", "--epochs", "1")()
+    answer, label, torch_alone = race(
+        command(REPO / "inference.py", "--help"),
+        command(REPO / "inference.py", clip.absolute()),
+        command("-c", "import torch"),
+        repeats=repeats,
     )
-    return [Row("inference.py --help", answer, "import torch", torch_alone)]
+    return [
+        Row("inference.py --help", answer, "import torch", torch_alone),
+        Row("inference.py CLIP", label, "import torch", torch_alone),
+    ]
+
+
+# ---- scale ----------------------------------------------------------------------------------------------
+
+# Short clips and small features, so that the numbers of clips are large and not the bytes.
+SMALL = (
+    "--sample_rate 8000 --duration 0.3 --n_fft 256 --hop_length 128 --n_mels 40 --n_mfcc 13 --batch_size 512 "
+    "--epochs 1 --conv_channels 4 --conv_blocks 2 --gru_hidden 16 --gru_layers 1"
+)
+
+
+class Usage(NamedTuple):
+    """What a command took."""
+
+    seconds: float
+    megabytes: float  # most memory of its own at any time, all its processes; mapped files are not counted
+
+
+def usage(command: Sequence[str | Path]) -> Usage:
+    """Run a command and watch its memory, as Linux tells it."""
+    start, most = time.perf_counter(), 0
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None:
+            most = max(most, sum(map(_kilobytes, _family(process.pid))))
+            time.sleep(0.05)
+    if process.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))} failed")
+    return Usage(time.perf_counter() - start, most / 1024)
+
+
+def _family(pid: int) -> list[int]:
+    """A process and all that descend from it."""
+    try:
+        children = [
+            int(child)
+            for thread in Path(f"/proc/{pid}/task").iterdir()
+            for child in (thread / "children").read_text().split()
+        ]
+    except OSError:  # it has ended
+        return []
+    return [pid, *(member for child in children for member in _family(child))]
+
+
+def _kilobytes(pid: int) -> int:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon:"))
+
+
+def write_noise(folder: Path, n_clips: int) -> None:
+    """Write 0.1 s clips in four classes."""
+    rng = np.random.default_rng(0)
+    for number in range(n_clips):
+        parent = folder / f"class{number % 4}"
+        if number < 4:
+            parent.mkdir(parents=True)
+        with wave.open(str(parent / f"spk{number % 500:03d}_take{number:07d}.wav"), "wb") as file:
+            file.setparams((1, 2, 8000, 0, "NONE", ""))
+            file.writeframes(rng.integers(-9000, 9000, 800, dtype=np.int16).tobytes())
+
+
+def measure_scale(sizes: Sequence[int], scratch: Path) -> list[dict[str, float]]:
+    """Fill the cache, find it filled, train an epoch: seconds and memory for each number of clips."""
+    table: list[dict[str, float]] = []
+    for n_clips in sizes:
+        home = scratch / str(n_clips)
+        write_noise(home / "data", n_clips)
+        places = ("data_dir", "cache_dir", "run_dir", "checkpoint")
+        flags = [*SMALL.split(), *(word for name in places for word in (f"--{name}", home / name[:-4]))]
+        row: dict[str, float] = {"clips": n_clips}
+        for step, script in (("fill", "prepare.py"), ("find", "prepare.py"), ("train", "train.py")):
+            used = usage([sys.executable, REPO / script, *flags])
+            row |= {f"{step}_seconds": used.seconds, f"{step}_megabytes": used.megabytes}
+            print(
+                f"{n_clips:9,} clips  {step:5}  {used.seconds:7.1f} s  {used.megabytes:6.0f} MB", flush=True
+            )
+        table.append(row)
+    for step in ("fill", "find", "train") if len(table) > 1 else ():
+        first, last = table[0], table[-1]
+        slope = (last[f"{step}_megabytes"] - first[f"{step}_megabytes"]) / (last["clips"] - first["clips"])
+        print(f"{step:5}: {1024 * slope:.2f} kB more memory per clip")
+    return table
 
 
 def main() -> None:
@@ -202,7 +297,12 @@ def main() -> None:
     )
     parser.add_argument("--data_dir", type=Path, help="class folders; none: the demo corpus")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--scale", type=int, nargs="+", metavar="N", help="numbers of synthetic clips")
     arguments = parser.parse_args()
+    if arguments.scale:
+        with tempfile.TemporaryDirectory() as scratch:
+            write_json({"scale": measure_scale(arguments.scale, Path(scratch))})
+        return
     with tempfile.TemporaryDirectory() as scratch:
         data_dir = arguments.data_dir or Path(scratch, "demo")
         if not arguments.data_dir:
@@ -217,18 +317,23 @@ def main() -> None:
         torch.set_num_threads(threads)
         rows += inference_rows(paths, cfg, arguments.repeats)
         rows += training_rows(cfg, arguments.repeats)
-    rows += start_rows(arguments.repeats)
+        rows += start_rows(paths[0], Path(scratch), arguments.repeats)
     for row in rows:
         theirs = f"{row.baseline} ({row.baseline_seconds:.3f} s)"
         print(f"{row.what:42} {row.seconds:8.3f} s  {row.ratio:5.2f} x  {theirs}")
-    content = {
-        "corpus": arguments.data_dir.name if arguments.data_dir else "synthetic demo corpus",
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "repeats": arguments.repeats,
-        "rows": [{**row._asdict(), "ratio": row.ratio} for row in rows],
-    }
-    Path("benchmark.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
+    write_json(
+        {
+            "corpus": arguments.data_dir.name if arguments.data_dir else "synthetic demo corpus",
+            "repeats": arguments.repeats,
+            "rows": [{**row._asdict(), "ratio": row.ratio} for row in rows],
+        }
+    )
+
+
+def write_json(content: dict[str, object]) -> None:
+    """Keep the results, with what they were measured on."""
+    machine = {"cores": os.cpu_count(), "torch": torch.__version__}
+    Path("benchmark.json").write_text(json.dumps(machine | content, indent=2), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 
 import prepare
 from config import Config
@@ -186,3 +187,60 @@ def test_prepared_features_are_used_again(story: Story, read_only_corpus: Path, 
     before = snapshot(tmp_path / "cache")
     assert prepare.main(["--data_dir", str(read_only_corpus), "--cache_dir", str(tmp_path / "cache")]) == 0
     assert snapshot(tmp_path / "cache") == before
+
+
+# ---- several processes ----------------------------------------------------------------------------------
+
+
+def torchrun(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Train with two processes that talk over the loopback interface."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    return subprocess.run(
+        [*command, str(REPO / "train.py"), *map(str, arguments)],
+        cwd=cwd,
+        check=False,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_two_processes_train_one_network(demo_corpus: Path, tmp_path: Path) -> None:
+    """They agree at every epoch, one of them writes, and one process alone scores the model as they do."""
+    flags = ["--data_dir", demo_corpus, "--device", "cpu", *TRAIN]
+    together = torchrun(*flags, cwd=tmp_path)
+    assert together.returncode == 0, together.stderr
+    lines = [line for line in together.stdout.splitlines() if line.startswith("epoch ")]
+    assert [int(line[5:9]) for line in lines] == list(range(1, len(lines) + 1))
+    assert list(tmp_path.rglob("*.tmp")) == []
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["processes"] == 2
+    assert metrics["val"]["accuracy"] > 2 / 7  # chance is 1/7
+
+    # Nothing is left to train: one process alone loads the best model, and scores it again.
+    again = run("train.py", *flags, "--resume", cwd=tmp_path)
+    assert again.returncode == 0, again.stderr
+    alone = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    for part in ("val", "holdout"):
+        assert alone[part]["per_class"] == metrics[part]["per_class"]
+
+
+def test_two_processes_resume_one_run(demo_corpus: Path, tmp_path: Path) -> None:
+    """All of them go on where all of them stopped."""
+    flags = ["--data_dir", demo_corpus, "--device", "cpu", *TRAIN]
+    for epochs, more in ((2, []), (4, ["--resume"])):
+        result = torchrun(*flags, *more, "--epochs", str(epochs), cwd=tmp_path)
+        assert result.returncode == 0, result.stderr
+    straight = tmp_path / "straight"
+    straight.mkdir()
+    assert torchrun(*flags, "--epochs", "4", "--cache_dir", tmp_path / "cache", cwd=straight).returncode == 0
+    weights, expected = (load_checkpoint(home / "run" / "last.pth").weights for home in (tmp_path, straight))
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+def test_two_processes_complain_once(demo_corpus: Path, tmp_path: Path) -> None:
+    result = torchrun("--data_dir", demo_corpus, "--device", "cpu", "--batch_size", "3", cwd=tmp_path)
+    assert result.returncode != 0
+    assert result.stderr.count("error: batch_size = 3: must be at least 2 in each of 2 processes") == 1
+    assert "Traceback" not in result.stderr.partition("ChildFailedError")[0].partition("torch/distributed")[0]

@@ -30,6 +30,7 @@ from train import (
     Outcome,
     Run,
     Scores,
+    Team,
     class_weights,
     fit,
     main,
@@ -107,6 +108,83 @@ def noise_corpus(rng: np.random.Generator, n_clips: int, n_classes: int = 2) -> 
     clips = [Clip(Path(f"{number}.wav"), int(label)) for number, label in enumerate(targets)]
     prepared: Any = Prepared(np.arange(n_clips), features, np.ones(n_clips), [""] * n_clips, [])  # type: ignore[arg-type]
     return Corpus(tuple("ABCDEFG"[:n_classes]), clips, targets, prepared)
+
+
+# ---- several processes ----------------------------------------------------------------------------------
+
+
+class Others(Team):
+    """A process whose fellows have left their shares, as far as they have come by."""
+
+    shares: list[Any]  # by rank
+
+    def gather(self, mine: Any) -> list[Any]:
+        """Leave this one, and take them all."""
+        self.shares[self.rank] = mine
+        return [mine if share is None else share for share in self.shares]
+
+
+@pytest.mark.parametrize("n_clips", [1, 8, 9, 11])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_a_team_scores_every_clip_once(size: int, n_clips: int, rng: np.random.Generator) -> None:
+    """Its outcome is that of one process: no clip lost or twice, in order, however the shares turn out."""
+    corpus, network = noise_corpus(rng, n_clips, 4), build_model(Config(conv_channels=4, gru_hidden=8), 4)
+
+    def outcome(team: Team) -> Outcome:
+        loader = make_loader(corpus, np.arange(n_clips), 6, shuffle=False, team=team)
+        return run_epoch(network, loader, nn.CrossEntropyLoss(), team=team)
+
+    alone = outcome(Team())
+    Others.shares = [None] * size
+    for rank in range(size):
+        outcome(Others(rank, size))  # the shares come together
+    for rank in range(size):
+        together = outcome(Others(rank, size))
+        np.testing.assert_array_equal(together.predictions, alone.predictions)
+        np.testing.assert_array_equal(together.targets, alone.targets)
+
+
+def test_shares_of_a_training_epoch(rng: np.random.Generator) -> None:
+    """Each clip once, in an order that the epoch and the seed change; batches together as large as asked."""
+    corpus = noise_corpus(rng, 24, 24)
+
+    def shares(epoch: int, seed: int = 0) -> list[list[int]]:
+        loaders = [
+            make_loader(corpus, np.arange(24), 8, shuffle=True, seed=seed, team=Team(rank, 2))
+            for rank in range(2)
+        ]
+        batches = []
+        for loader in loaders:
+            loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+            batches.append([targets.tolist() for _, targets in loader])
+        assert [len(batch) for rank in batches for batch in rank] == [4] * 6
+        return [[label for batch in rank for label in batch] for rank in batches]
+
+    first = shares(1)
+    assert sorted(first[0] + first[1]) == list(range(24))
+    assert shares(1) == first
+    assert shares(2) != first
+    assert shares(1, seed=1) != first
+
+
+def test_a_loss_that_only_another_process_has_stops_all(rng: np.random.Generator) -> None:
+    """Otherwise the rest would wait for it for ever."""
+    corpus, network = noise_corpus(rng, 8), build_model(Config(conv_channels=4, gru_hidden=8), 2)
+
+    class Unlucky(Team):
+        def gather(self, mine: Any) -> list[Any]:
+            _, *rest = mine
+            return [mine, (np.array([1.0, math.nan], np.float32), *rest)]
+
+    team = Unlucky(0, 2)
+    loader = make_loader(corpus, np.arange(8), 4, shuffle=False, team=team)
+    with pytest.raises(UserError, match="loss is nan at batch 2"):
+        run_epoch(network, loader, nn.CrossEntropyLoss(), team=team)
+
+
+def test_batch_too_small_for_a_team(tiny_cfg: Config) -> None:
+    with pytest.raises(UserError, match=r"batch_size = 4: must be at least 2 in each of 3 processes"):
+        fit(tiny_cfg, Team(0, 3))
 
 
 # ---- learning -------------------------------------------------------------------------------------------
