@@ -45,29 +45,40 @@ class Config:
     n_mels: int = 128  # mel bands under the cepstrum
 
     # ---- network ----------------------------------------------------------------------------------------
-    conv_channels: int = 32  # channels of the first convolution; each further block doubles them
+    conv_channels: int = 128  # channels of the first convolution; each further block has half as many more
     conv_blocks: int = 3  # convolution blocks; each halves the number of frames
+    conv_kernel: int = 5  # frames that a convolution sees
     gru_hidden: int = 128  # units per direction
     gru_layers: int = 2  # stacked bidirectional layers
-    dropout: float = 0.5  # probability, between the GRU layers and in the head
+    dropout: float = 0.3  # probability, between the GRU layers and in the head
     conv_dropout: float = 0.1  # probability, after each convolution block
 
-    # ---- data split: random by clip, stratified by class, identical audio kept together -----------------
-    val_fraction: float = 0.1  # of the clips; selects the checkpoint, steers learning rate and stopping
-    holdout_fraction: float = 0.1  # of the clips; scored once, after training; 0: train on them too
+    # ---- data split: identical audio is kept together ---------------------------------------------------
+    split: str = "random"  # random (by clip, each class alike) or speaker (no speaker on both sides)
+    manifest: str = ""  # CSV with columns filename and speaker, for data whose file names do not tell
+    folds: int = 0  # cross-validation: train this often, each time with another part held out; 0: train once
+    val_fraction: float = 0.1  # selects the checkpoint, steers learning rate and stopping
+    holdout_fraction: float = 0.1  # scored once, after training; 0: train on these clips too
     seed: int = 0  # of split, initial weights, shuffling and dropout
 
     # ---- training ---------------------------------------------------------------------------------------
     batch_size: int = 64  # clips per step
-    epochs: int = 60  # at most; early stopping usually ends sooner
-    learning_rate: float = 1e-3  # of Adam, at the start
-    weight_decay: float = 1e-4  # L2 penalty on all weights
+    epochs: int = 40  # at most; early stopping may end sooner
+    learning_rate: float = 3e-3  # of AdamW; its peak for onecycle
+    weight_decay: float = 1e-2  # L2: weights shrink by this share of the learning rate at every step
+    label_smoothing: float = 0.05  # share of the target spread over all classes
+    warp: float = 0.08  # augmentation: formants and pitch are raised or lowered by up to this share
+    stretch: float = 0.12  # augmentation: the tempo changes by up to this share
+    shift: float = 0.14  # augmentation: seconds, the clip starts earlier or later by up to this
+    ema_decay: float = 0.999  # the network that is judged and saved is a running mean over steps; 0: the last
     patience: int = 10  # epochs without a better validation accuracy before training stops
-    lr_factor: float = 0.5  # the learning rate is multiplied by this on a plateau
-    lr_patience: int = 3  # epochs without a better validation accuracy that the rate survives
+    schedule: str = "onecycle"  # onecycle: the rate rises, then falls to 0; plateau: it falls when stuck
+    lr_factor: float = 0.5  # plateau: the learning rate is multiplied by this
+    lr_patience: int = 3  # plateau: epochs without a better validation accuracy that the rate survives
     resume: bool = False  # go on with the interrupted run in run_dir
 
     # ---- machine ----------------------------------------------------------------------------------------
+    precision: str = "auto"  # of training: bfloat16, float32, or auto: bfloat16 where that is fast
     device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, cuda:N or mps
     num_workers: int = -1  # processes that read and extract clips; -1: one per core, 0: none but this one
     fill: str = ""  # label for test clips that cannot be read; empty: their presence is an error
@@ -88,6 +99,11 @@ class Config:
         _require(
             self, "holdout_fraction", self.holdout_fraction <= room, f"at most 0.9 - val_fraction ({room:g})"
         )
+        _require(self, "split", self.split in {"random", "speaker"}, "random or speaker")
+        _require(self, "schedule", self.schedule in {"onecycle", "plateau"}, "onecycle or plateau")
+        precisions = {"auto", "bfloat16", "float32"}
+        _require(self, "precision", self.precision in precisions, "auto, bfloat16 or float32")
+        _require(self, "folds", self.folds != 1, "0 or at least 2")
         named = re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", self.device) is not None
         _require(self, "device", named, "auto, cpu, cuda, cuda:N or mps")
 
@@ -153,10 +169,11 @@ RUNTIME_FIELDS = frozenset(
 )
 # What a resumed run may change. Any other change would mean other data or another network.
 RESUMABLE_FIELDS = RUNTIME_FIELDS | frozenset(
-    "epochs learning_rate weight_decay dropout conv_dropout patience lr_factor lr_patience".split()
+    "epochs learning_rate weight_decay label_smoothing dropout conv_dropout patience lr_factor lr_patience "
+    "warp stretch shift ema_decay precision".split()
 )
 # Which clips train and which judge: they shape neither features nor network.
-SPLIT_FIELDS = frozenset({"val_fraction", "holdout_fraction", "seed"})
+SPLIT_FIELDS = frozenset({"split", "manifest", "folds", "val_fraction", "holdout_fraction", "seed"})
 
 _BOUNDS: dict[str, tuple[float, float]] = {  # inclusive
     "sample_rate": (1000, 768000),
@@ -167,10 +184,12 @@ _BOUNDS: dict[str, tuple[float, float]] = {  # inclusive
     "n_mels": (1, 4096),
     "conv_channels": (1, 4096),
     "conv_blocks": (1, 8),
+    "conv_kernel": (1, 255),
     "gru_hidden": (2, 8192),
     "gru_layers": (1, 16),
     "dropout": (0, 0.95),
     "conv_dropout": (0, 0.95),
+    "folds": (0, 100),
     "val_fraction": (0.001, 0.9),
     "holdout_fraction": (0, 0.9),
     "seed": (0, 2**32 - 1),
@@ -178,12 +197,17 @@ _BOUNDS: dict[str, tuple[float, float]] = {  # inclusive
     "epochs": (1, 1_000_000),
     "learning_rate": (1e-9, 10),
     "weight_decay": (0, 10),
+    "label_smoothing": (0, 0.9),
+    "warp": (0, 1),
+    "stretch": (0, 1),
+    "shift": (0, 600),
+    "ema_decay": (0, 0.999999),
     "patience": (1, 1_000_000),
     "lr_factor": (0.001, 0.999),
     "lr_patience": (0, 1_000_000),
     "num_workers": (-1, 1024),
 }
-_MAY_BE_EMPTY = {"test_dir", "fill"}
+_MAY_BE_EMPTY = {"test_dir", "manifest", "fill"}
 _KINDS: dict[object, str] = {int: "a whole number", float: "a number", str: "a text", bool: "True or False"}
 
 

@@ -22,7 +22,9 @@ if __name__ == "__main__":
     parse_config(description=__doc__)
 
 import contextlib
+import copy
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -41,7 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.lr_scheduler import ReduceLROnPlateau
+from torch.optim.lr_scheduler import OneCycleLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
@@ -53,9 +55,19 @@ from model import (
     load_checkpoint,
     replace_file,
     resolve_device,
+    resolve_dtype,
     save_checkpoint,
 )
-from prepare import Corpus, FloatArray, IntArray, Split, feature_stats, load_corpus, source_of, split_clips
+from prepare import (
+    Corpus,
+    FloatArray,
+    IntArray,
+    Split,
+    augment_features,
+    feature_stats,
+    load_corpus,
+    split_corpus,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,6 +111,11 @@ class Team(NamedTuple):
             distributed.all_gather_object(everyone, mine)
         return everyone
 
+    def align(self, model: nn.Module) -> None:
+        """Give all processes the first one's weights: each has seen other clips pass its batch norm."""
+        for value in model.state_dict().values() if self.size > 1 else ():
+            distributed.broadcast(value, 0)
+
 
 @contextlib.contextmanager
 def join_team(device_name: str) -> Iterator[Team]:
@@ -119,6 +136,7 @@ def join_team(device_name: str) -> Iterator[Team]:
 
 
 _ALONE = Team()
+MAX_GRADIENT = 5.0  # a longer gradient is shortened to this
 
 # ---- one epoch ------------------------------------------------------------------------------------------
 
@@ -127,8 +145,13 @@ class Outcome(NamedTuple):
     """One pass over a dataset."""
 
     loss: float  # class-weighted cross-entropy, mean over the batches
-    predictions: IntArray  # (N,) in the order of the targets
+    probabilities: FloatArray  # (N, C) in the order of the targets
     targets: IntArray  # (N,) those of all processes
+
+    @property
+    def predictions(self) -> IntArray:
+        """The most probable class of each clip, (N,)."""
+        return np.asarray(self.probabilities.argmax(axis=1), np.int64)
 
 
 def seed_everything(seed: int, epoch: int, rank: int = 0) -> None:
@@ -190,13 +213,25 @@ def run_epoch(
     loader: Loader,
     criterion: nn.Module,
     *,
-    optimizer: torch.optim.Optimizer | None = None,
+    learn: Callable[[Tensor], None] | None = None,
+    augment: Callable[[Tensor], Tensor] | None = None,
+    dtype: torch.dtype = torch.float32,
     title: str = "",
     team: Team = _ALONE,
 ) -> Outcome:
-    """Pass once over the data: training with an optimizer, evaluation without.
+    """Pass once over the data: training if there is something to learn with, evaluation if not.
 
     Nothing in the loop waits for a GPU: losses and predictions stay on the device until the end.
+
+    Args:
+        model: Network, or its wrapper that shares the gradients of a team.
+        loader: Batches of features and targets.
+        criterion: The loss.
+        learn: Takes one step with the loss of a batch.
+        augment: Changes the features of a batch, on the device.
+        dtype: In which products are computed.
+        title: Of the progress bar.
+        team: The processes.
 
     Returns:
         The outcome of all processes together.
@@ -205,33 +240,37 @@ def run_epoch(
         UserError: A loss is NaN or infinite; the message names the batch.
     """
     device = next(model.parameters()).device
-    model.train(optimizer is not None)
+    model.train(learn is not None)
     losses: list[Tensor] = []
-    predictions: list[Tensor] = []
+    probabilities: list[Tensor] = []
     targets: list[Tensor] = []
-    with torch.set_grad_enabled(optimizer is not None), tqdm(loader, title, leave=False, disable=None) as bar:
+    with torch.set_grad_enabled(learn is not None), tqdm(loader, title, leave=False, disable=None) as bar:
         for features, wanted in bar:
-            logits = model(features.to(device, non_blocking=True))  # (B, C)
+            features = features.to(device, non_blocking=True)  # noqa: PLW2901
+            if augment is not None:
+                features = augment(features)  # noqa: PLW2901
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(features)  # (B, C)
             loss = criterion(logits, wanted.to(device, non_blocking=True))
-            if optimizer is not None:
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            if learn is not None:
+                learn(loss)
             losses.append(loss.detach())
-            predictions.append(logits.detach().argmax(dim=1))
+            probabilities.append(logits.detach().softmax(dim=1))
             targets.append(wanted)
             if not bar.disable:
-                right = (predictions[-1].cpu() == wanted).float().mean()
+                right = (logits.argmax(dim=1).cpu() == wanted).float().mean()
                 bar.set_postfix(loss=f"{loss.item():.2f}", accuracy=f"{right:.0%}", refresh=False)
-    mine = torch.stack(losses).cpu().numpy(), torch.cat(predictions).cpu().numpy(), torch.cat(targets).numpy()
+    mine = (torch.stack(losses), torch.cat(probabilities), torch.cat(targets))
+    shares = team.gather(tuple(part.cpu().numpy() for part in mine))
     # Clip by clip in the order of the loader; what a process was given twice is counted once.
-    per_batch, predicted, true = (np.stack(parts, axis=1) for parts in zip(*team.gather(mine), strict=True))
+    per_batch, predicted, true = (np.stack(parts, axis=1) for parts in zip(*shares, strict=True))
     per_batch = per_batch.mean(axis=1)
     if not np.isfinite(per_batch).all():
         batch = int(np.flatnonzero(~np.isfinite(per_batch))[0])
         raise UserError(f"loss is {per_batch[batch]:g} at batch {batch + 1}: lower learning_rate", code=1)
     n_clips = len(loader.dataset)  # type: ignore[arg-type] # EmotionDataset has a length
-    return Outcome(float(per_batch.mean()), predicted.ravel()[:n_clips], true.ravel()[:n_clips])
+    predicted = predicted.reshape(-1, predicted.shape[-1])
+    return Outcome(float(per_batch.mean()), predicted[:n_clips], true.ravel()[:n_clips])
 
 
 # ---- scores ---------------------------------------------------------------------------------------------
@@ -276,6 +315,48 @@ class Scores(NamedTuple):
             "uar": float(self.recall[present].mean()),
             "macro_f1": float(np.nanmean(self.f1)),  # a class predicted but absent counts, with 0
         }
+
+
+def bootstrap(outcome: Outcome, speakers: Sequence[str], *, draws: int = 1000) -> dict[str, list[float]]:
+    """95 % intervals of the scores, from resampled speakers (Efron & Tibshirani 1993, ch. 13).
+
+    The clips of one speaker stand or fall together: resampling clips would promise too much. A clip of an
+    unknown speaker counts as a speaker of its own.
+
+    Args:
+        outcome: Of N clips.
+        speakers: N names, "" where unknown.
+        draws: Resamples.
+
+    Returns:
+        [low, high] of accuracy, uar and macro_f1.
+    """
+    n_classes = outcome.probabilities.shape[1]
+    names = [speaker or f"\0{number}" for number, speaker in enumerate(speakers)]
+    unique, speaker_of = np.unique(names, return_inverse=True)
+    cells = outcome.targets * n_classes + outcome.predictions
+    per_speaker = np.zeros((len(unique), n_classes**2), np.int64)
+    np.add.at(per_speaker, (speaker_of, cells), 1)
+    rng = np.random.default_rng(0)
+    even = np.full(len(unique), 1 / len(unique))
+    resamples = (rng.multinomial(len(unique), even) @ per_speaker for _ in range(draws))
+    scores = [Scores(cells.reshape(n_classes, n_classes)).summary() for cells in resamples]
+    return {
+        name: np.quantile([score[name] for score in scores], [0.025, 0.975]).tolist() for name in scores[0]
+    }
+
+
+def calibration_error(outcome: Outcome, *, n_bins: int = 15) -> float:
+    """Expected calibration error: how far confidence and accuracy are apart.
+
+    Clips are binned by the probability of the class predicted; the gaps are weighted by the clips in each
+    bin (Guo et al. 2017, arXiv:1706.04599).
+    """
+    confidence = outcome.probabilities.max(axis=1)
+    right = outcome.predictions == outcome.targets
+    bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
+    gaps = np.bincount(bins, weights=confidence - right, minlength=n_bins)
+    return float(np.abs(gaps).sum() / len(right))
 
 
 def _ratio(part: IntArray, whole: IntArray) -> FloatArray:
@@ -326,23 +407,46 @@ class Run:
     """All that changes while training, and so all that an interrupted run must find again."""
 
     model: EmotionCNNGRU
-    optimizer: torch.optim.Adam
-    scheduler: ReduceLROnPlateau
+    average: EmotionCNNGRU  # running mean of `model` over the steps: the one that is judged and saved
+    optimizer: torch.optim.AdamW
+    scheduler: OneCycleLR | ReduceLROnPlateau
     stopping: EarlyStopping
     last: Checkpoint  # of the latest finished epoch; weights are those of `model`, not a copy
     best: Checkpoint | None = None  # of the epoch with the best validation accuracy
     history: list[EpochRecord] = field(default_factory=list)
+    n_steps: int = 0
+    rate: float = field(init=False)  # learning rate at the start of the epoch
+
+    def __post_init__(self) -> None:
+        """Note the first rate."""
+        self.rate = self.optimizer.param_groups[0]["lr"]
 
     @classmethod
-    def start(cls, cfg: Config, corpus: Corpus, split: Split, device: torch.device) -> "Run":
+    def start(cls, cfg: Config, corpus: Corpus, split: Split, device: torch.device, n_batches: int) -> "Run":
         """Make a fresh network and optimizer; mean and deviation come from the training clips alone."""
         seed_everything(cfg.seed, 0)
         mean, std = feature_stats(corpus.prepared.features, split.train)
         model = build_model(cfg, len(corpus.labels), mean=mean, std=std).to(device)
-        optimizer = torch.optim.Adam(model.parameters(), cfg.learning_rate, weight_decay=cfg.weight_decay)
-        scheduler = ReduceLROnPlateau(
-            optimizer, mode="max", factor=cfg.lr_factor, patience=cfg.lr_patience, threshold=0
+        weights = [weight for weight in model.parameters() if weight.ndim > 1]
+        others = [weight for weight in model.parameters() if weight.ndim <= 1]  # to shrink them helps nobody
+        groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(
+            groups, cfg.learning_rate, weight_decay=cfg.weight_decay, fused=device.type in {"cpu", "cuda"}
         )
+        scheduler: OneCycleLR | ReduceLROnPlateau
+        if cfg.schedule == "onecycle":  # Smith & Topin 2018, arXiv:1708.07120
+            scheduler = OneCycleLR(
+                optimizer,
+                cfg.learning_rate,
+                total_steps=max(5, cfg.epochs * n_batches),  # of four it would divide by zero
+                pct_start=0.25,
+                div_factor=10,
+                final_div_factor=100,
+            )
+        else:
+            scheduler = ReduceLROnPlateau(
+                optimizer, mode="max", factor=cfg.lr_factor, patience=cfg.lr_patience, threshold=0
+            )
         counts = np.bincount(corpus.targets[split.train], minlength=len(corpus.labels)).tolist()
         last = Checkpoint(
             config=cfg,
@@ -354,7 +458,27 @@ class Run:
             files=_hash_files(corpus, split),
             versions=_versions(),
         )
-        return cls(model, optimizer, scheduler, EarlyStopping(cfg.patience), last)
+        return cls(model, copy.deepcopy(model), optimizer, scheduler, EarlyStopping(cfg.patience), last)
+
+    def learn(self, loss: Tensor) -> None:
+        """Take one step downhill, and the average after it."""
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRADIENT)
+        self.optimizer.step()
+        if isinstance(self.scheduler, OneCycleLR):
+            self.scheduler.step()
+        self.n_steps += 1
+        # Young averages forget faster, or they would remember the random start.
+        decay = min(self.last.config.ema_decay, (1 + self.n_steps) / (10 + self.n_steps))
+        with torch.no_grad():
+            for mean, value in zip(
+                self.average.state_dict().values(), self.model.state_dict().values(), strict=True
+            ):
+                if mean.is_floating_point():
+                    mean.lerp_(value, 1 - decay)
+                else:
+                    mean.copy_(value)
 
     def resume(self, path: Path) -> None:
         """Take up the state that save() left, with the training settings of now.
@@ -368,21 +492,29 @@ class Run:
         state = last.training
         if not state:
             raise UserError(f"{path} is a finished model, not a run that can be resumed")
-        differences = last.config.differences(cfg, ignore=RESUMABLE_FIELDS)
+        planned = state["scheduler"].get("total_steps")
+        laid_out = {"epochs", "learning_rate"} if cfg.schedule == "onecycle" else set()  # by the schedule
+        differences = last.config.differences(cfg, ignore=RESUMABLE_FIELDS - laid_out)
         if last.files != self.last.files or last.labels != self.last.labels:
             differences.append("clips: not the same files, classes or split")
+        if not differences and planned != getattr(self.scheduler, "total_steps", planned):
+            differences.append(f"steps of the schedule: {planned} -> {self.scheduler.total_steps}")  # type: ignore[union-attr]
         if differences:
             raise UserError(f"cannot resume {path}, which was another run: {'; '.join(differences)}")
         for difference in last.config.differences(cfg, ignore=RUNTIME_FIELDS - {"batch_size"}):
             say(f"note: resuming with another {difference}")
         self.model.load_state_dict(last.weights)
+        self.average.load_state_dict(state["average"])
+        self.n_steps = state["n_steps"]
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.scheduler.factor, self.scheduler.patience = cfg.lr_factor, cfg.lr_patience
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.factor, self.scheduler.patience = cfg.lr_factor, cfg.lr_patience
+        self.optimizer.param_groups[0]["weight_decay"] = cfg.weight_decay
         for group in self.optimizer.param_groups:
-            group["weight_decay"] = cfg.weight_decay
             if cfg.learning_rate != last.config.learning_rate:
                 group["lr"] = cfg.learning_rate
+        self.rate = self.optimizer.param_groups[0]["lr"]
         self.stopping = EarlyStopping(**{**state["stopping"], "patience": cfg.patience})
         self.history = [EpochRecord(**record) for record in state["history"]]
         self.last = replace(self.last, epoch=last.epoch, scores=last.scores)
@@ -393,6 +525,8 @@ class Run:
         """Write everything that resume() needs."""
         best = self.best and {name: getattr(self.best, name) for name in ("weights", "epoch", "scores")}
         state = {
+            "average": self.average.state_dict(),
+            "n_steps": self.n_steps,
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "stopping": asdict(self.stopping),
@@ -415,13 +549,13 @@ class Run:
     def finish_epoch(self, trained: Outcome, checked: Outcome, seconds: float) -> bool:
         """Take in an epoch's results; True if it is the best so far."""
         scores = Scores.of(checked, len(self.last.labels)).summary()
-        learning_rate = self.optimizer.param_groups[0]["lr"]
-        self.scheduler.step(scores["accuracy"])
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(scores["accuracy"])
         is_best = self.stopping.step(scores["accuracy"])
         self.history.append(
             EpochRecord(
                 epoch=len(self.history) + 1,
-                learning_rate=learning_rate,
+                learning_rate=self.rate,
                 train_loss=trained.loss,
                 train_accuracy=float((trained.predictions == trained.targets).mean()),
                 val_loss=checked.loss,
@@ -430,14 +564,15 @@ class Run:
                 seconds=seconds,
             )
         )
+        self.rate = self.optimizer.param_groups[0]["lr"]
         self.last = replace(self.last, epoch=len(self.history), scores=scores)
         if is_best:
-            weights = {name: value.cpu().clone() for name, value in self.model.state_dict().items()}
+            weights = {name: value.cpu().clone() for name, value in self.average.state_dict().items()}
             self.best = replace(self.last, weights=weights)
         return is_best
 
 
-def load_data(cfg: Config, team: Team = _ALONE) -> tuple[Corpus, Split]:
+def load_data(cfg: Config, team: Team = _ALONE, *, fold: int = 0) -> tuple[Corpus, Split]:
     """Load the corpus and split it.
 
     Raises:
@@ -451,13 +586,7 @@ def load_data(cfg: Config, team: Team = _ALONE) -> tuple[Corpus, Split]:
     corpus = load_corpus(cfg)
     if len(corpus.labels) < 2:
         raise UserError(f"only one class in {cfg.data_root}, {corpus.labels[0]}: nothing to tell apart")
-    split = split_clips(
-        corpus.targets,
-        corpus.prepared.digests,
-        val_fraction=cfg.val_fraction,
-        holdout_fraction=cfg.holdout_fraction,
-        seed=cfg.seed,
-    )
+    split = split_corpus(corpus, cfg, fold)
     for name, part in (("val", split.val), ("holdout", split.holdout)):
         absent = np.setdiff1d(corpus.targets, corpus.targets[part]).tolist() if len(part) else []
         for label in absent:
@@ -465,8 +594,8 @@ def load_data(cfg: Config, team: Team = _ALONE) -> tuple[Corpus, Split]:
     return corpus, split
 
 
-def fit(cfg: Config, team: Team = _ALONE) -> dict[str, Any]:
-    """Train as the config says: data, split, network, epochs, report.
+def fit(cfg: Config, team: Team = _ALONE, *, fold: int = 0) -> dict[str, Any]:
+    """Train as the config says: data, split, network, epochs, report; with folds, the one of that number.
 
     Returns:
         What metrics.json holds.
@@ -480,14 +609,15 @@ def fit(cfg: Config, team: Team = _ALONE) -> dict[str, Any]:
     if best_path.is_dir():
         raise UserError(f"checkpoint = {cfg.checkpoint!r}: is a folder, must be a file")
     _spare_real_model(cfg)
-    corpus, split = load_data(cfg, team)
-    print(describe_split(corpus, split), flush=True)
+    corpus, split = load_data(cfg, team, fold=fold)
+    print(describe_split(corpus, split, cfg), flush=True)
     loaders = [
         make_loader(corpus, part, cfg.batch_size, shuffle=part is split.train, seed=cfg.seed, team=team)
         for part in split
     ]
-    criterion = nn.CrossEntropyLoss(class_weights(corpus.targets[split.train], corpus.labels)).to(device)
-    run = Run.start(cfg, corpus, split, device)
+    weights = class_weights(corpus.targets[split.train], corpus.labels)
+    criterion = nn.CrossEntropyLoss(weights, label_smoothing=cfg.label_smoothing).to(device)
+    run = Run.start(cfg, corpus, split, device, len(loaders[0]))
     if cfg.resume:
         run.resume(last_path)
     elif team.leads:
@@ -498,8 +628,8 @@ def fit(cfg: Config, team: Team = _ALONE) -> dict[str, Any]:
     best = run.take_best()
     if team.leads:
         save_checkpoint(best_path, best)  # again, since a resumed run may find another model there
-    reports = {
-        name: measure(model, corpus, part, loader, criterion, team=team)
+    reports = {  # in float32, as inference computes
+        name: measure(run.model, corpus, part, loader, criterion, team=team)
         for (name, part), loader in zip(split._asdict().items(), loaders, strict=True)
         if name != "train" and len(part)
     }
@@ -508,6 +638,7 @@ def fit(cfg: Config, team: Team = _ALONE) -> dict[str, Any]:
     if team.leads:
         write_json(run_dir / "metrics.json", metrics)
         name, report = list(reports.items())[-1]  # the held-out clips, if there are any
+        write_predictions(run_dir / "predictions.csv", corpus, getattr(split, name), report.outcome)
         title = f"{metrics['corpus']}, {len(getattr(split, name)):,} {name} clips"
         save_figure(
             run_dir / "confusion_matrix.png", lambda: plot_confusion(report.scores, corpus.labels, title)
@@ -534,6 +665,8 @@ def train_epochs(
     """
     cfg = run.last.config
     run_dir, best_path = Path(cfg.run_dir), Path(cfg.checkpoint)
+    dtype = resolve_dtype(cfg.precision, run.model.mean.device)
+    augment = functools.partial(augment_features, cfg=cfg) if cfg.warp or cfg.stretch or cfg.shift else None
     try:
         while not run.is_over:
             started = time.perf_counter()
@@ -541,9 +674,19 @@ def train_epochs(
             seed_everything(cfg.seed, epoch, team.rank)
             loaders[0].sampler.set_epoch(epoch)  # type: ignore[attr-defined] # it is a DistributedSampler
             trained = run_epoch(
-                model, loaders[0], criterion, title=f"epoch {epoch}", optimizer=run.optimizer, team=team
+                model,
+                loaders[0],
+                criterion,
+                learn=run.learn,
+                augment=augment,
+                dtype=dtype,
+                title=f"epoch {epoch}",
+                team=team,
             )
-            checked = run_epoch(model, loaders[1], criterion, title="validation", team=team)
+            team.align(run.average)
+            checked = run_epoch(
+                run.average, loaders[1], criterion, title="validation", dtype=dtype, team=team
+            )
             is_best = run.finish_epoch(trained, checked, time.perf_counter() - started)
             if team.leads:
                 if is_best and run.best:
@@ -586,7 +729,14 @@ def _clear(run_dir: Path) -> None:
             aside = last_path.with_name("unfinished.pth")
             last_path.replace(aside)
             say(f"note: {last_path} of an unfinished run of {last.epoch} epochs is set aside as {aside}")
-    for name in ("last.pth", "history.csv", "metrics.json", "loss.png", "confusion_matrix.png"):
+    for name in (
+        "last.pth",
+        "history.csv",
+        "metrics.json",
+        "predictions.csv",
+        "loss.png",
+        "confusion_matrix.png",
+    ):
         (run_dir / name).unlink(missing_ok=True)
 
 
@@ -612,17 +762,29 @@ _PARTS = {
 class Report(NamedTuple):
     """Scores of a model on one part of the data."""
 
+    outcome: Outcome
     scores: Scores
-    overall: dict[str, float]  # accuracy, uar, macro_f1, loss
+    overall: dict[str, float]  # accuracy, uar, macro_f1, calibration_error, loss
+    intervals: dict[str, list[float]]  # 95 % of accuracy, uar and macro_f1
     per_class: dict[str, dict[str, float]]  # precision, recall, f1, clips
     per_corpus: dict[str, dict[str, float]]  # accuracy, clips
+
+    def to_dict(self) -> dict[str, Any]:
+        """What metrics.json holds of it."""
+        tables = {"per_class": self.per_class, "per_corpus": self.per_corpus}
+        return {**self.overall, "intervals": self.intervals, **tables}
 
     def table(self, title: str) -> str:
         """Lay the scores out for a terminal."""
         width = max(len(name) for name in [*self.per_class, *self.per_corpus, "per corpus"])
+        names = {"accuracy": "accuracy", "uar": "unweighted average recall", "macro_f1": "macro F1"}
+        overall = [
+            f"{text} {self.overall[name]:.1%} [{low:.1%}, {high:.1%}]"
+            for (name, text), (low, high) in zip(names.items(), self.intervals.values(), strict=True)
+        ]
         lines = [
-            f"\n{title}: accuracy {self.overall['accuracy']:.1%}, "
-            f"unweighted average recall {self.overall['uar']:.1%}, macro F1 {self.overall['macro_f1']:.1%}",
+            f"\n{title}",
+            f"{', '.join(overall)}, calibration error {self.overall['calibration_error']:.1%}",
             f"{'per class':{width}}  precision  recall     F1  clips",
         ]
         for name, row in self.per_class.items():
@@ -650,7 +812,11 @@ def measure(
     team: Team = _ALONE,
 ) -> Report:
     """Score a model on some clips: as a whole, per class, and per corpus as the file names tell."""
-    outcome = run_epoch(model, loader, criterion, team=team)
+    return make_report(run_epoch(model, loader, criterion, team=team), corpus, indices)
+
+
+def make_report(outcome: Outcome, corpus: Corpus, indices: IntArray) -> Report:
+    """Score what became of the clips `indices` of a corpus."""
     scores = Scores.of(outcome, len(corpus.labels))
     columns = zip(scores.precision, scores.recall, scores.f1, scores.confusion.sum(axis=1), strict=True)
     per_class = {
@@ -658,12 +824,14 @@ def measure(
         for label, (precision, recall, f1, clips) in zip(corpus.labels, columns, strict=True)
     }
     right = outcome.predictions == outcome.targets
-    names = np.array([source_of(corpus.clips[index].path).corpus for index in indices])
+    names = np.array([corpus.sources[index].corpus for index in indices])
     per_corpus = {
         str(name): {"accuracy": float(right[names == name].mean()), "clips": int((names == name).sum())}
         for name in np.unique(names)
     }
-    return Report(scores, {**scores.summary(), "loss": outcome.loss}, per_class, per_corpus)
+    overall = {**scores.summary(), "calibration_error": calibration_error(outcome), "loss": outcome.loss}
+    intervals = bootstrap(outcome, [corpus.sources[index].speaker for index in indices])
+    return Report(outcome, scores, overall, intervals, per_class, per_corpus)
 
 
 def summarize(
@@ -674,7 +842,7 @@ def summarize(
     assert run.best is not None
     return {
         "corpus": corpus_name(cfg),
-        "split": describe_split(corpus, split),
+        "split": describe_split(corpus, split, cfg),
         "best_epoch": run.best.epoch,
         "epochs": len(run.history),
         "training_minutes": round(sum(record.seconds for record in run.history) / 60, 2),
@@ -683,10 +851,7 @@ def summarize(
         "processes": team.size,
         "versions": run.last.versions,
         "config": cfg.to_dict(),
-        **{
-            name: {**report.overall, "per_class": report.per_class, "per_corpus": report.per_corpus}
-            for name, report in reports.items()
-        },
+        **{name: report.to_dict() for name, report in reports.items()},
     }
 
 
@@ -695,12 +860,13 @@ def corpus_name(cfg: Config) -> str:
     return "synthetic demo corpus" if cfg.demo else Path(cfg.data_dir).resolve().name
 
 
-def describe_split(corpus: Corpus, split: Split) -> str:
+def describe_split(corpus: Corpus, split: Split, cfg: Config) -> str:
     """Say how many clips each part has, and whether its speakers are known from training."""
-    train, *others = ({source_of(corpus.clips[index].path).speaker for index in part} for part in split)
+    train, *others = ({corpus.sources[index].speaker for index in part} for part in split)
     judges = set().union(*others) - {""}
     sizes = ", ".join(f"{len(part):,} {name}" for name, part in split._asdict().items())
-    text = f"{len(corpus.labels)} classes; {sizes} clips, split at random, each class alike"
+    how = {"random": "split at random, each class alike", "speaker": "split by speaker"}[cfg.split]
+    text = f"{len(corpus.labels)} classes; {sizes} clips, {how}"
     shared = f"; {len(judges & train)} of the {len(judges)} speakers in val and holdout are also in train"
     return text + shared if judges else text
 
@@ -727,6 +893,19 @@ def write_history(path: Path, history: Sequence[EpochRecord]) -> None:
         file.write(text.getvalue().encode())
 
 
+def write_predictions(path: Path, corpus: Corpus, indices: IntArray, outcome: Outcome) -> None:
+    """Write what the network made of each clip: file, class, class predicted, probabilities."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["filename", "emotion", "predicted", *corpus.labels])
+    for index, row, predicted in zip(indices, outcome.probabilities, outcome.predictions, strict=True):
+        clip = corpus.clips[index]
+        shares = [f"{probability:.4f}" for probability in row]
+        writer.writerow([clip.path, corpus.labels[clip.label], corpus.labels[predicted], *shares])
+    with replace_file(path) as file:
+        file.write(text.getvalue().encode("utf-8", "surrogateescape"))
+
+
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write JSON, with null for NaN, which JSON does not know."""
     with replace_file(path) as file:
@@ -736,6 +915,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 def _without_nan(value: Any) -> Any:  # noqa: ANN401 - whatever JSON can hold
     if isinstance(value, dict):
         return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -790,6 +971,76 @@ def save_figure(path: Path, draw: Callable[[], "Figure"]) -> None:
         say(f"warning: {path} not drawn: {error}")
 
 
+# ---- cross-validation ---------------------------------------------------------------------------------
+
+
+def cross_validate(cfg: Config, team: Team = _ALONE) -> None:
+    """Train once for each fold, held out in turn, and score the network on every clip when it was held out.
+
+    Each fold is a run of its own in run_dir/fold<n>, its model included; with --resume those that are done
+    are only scored again. The pooled scores go to run_dir/metrics.json, the predictions beside them.
+
+    Raises:
+        UserError: As fit.
+        Interrupted: As fit.
+    """
+    run_dir = Path(cfg.run_dir)
+    rows: list[dict[str, Any]] = []
+    for fold in range(cfg.folds):
+        home = run_dir / f"fold{fold + 1}"
+        print(f"\nfold {fold + 1} of {cfg.folds}", flush=True)
+        resume = cfg.resume and (home / "last.pth").is_file()
+        own = replace(cfg, run_dir=str(home), checkpoint=str(home / "best.pth"), resume=resume)
+        rows.append(fit(own, team, fold=fold))
+    if not team.leads:
+        return
+    corpus, _ = load_data(cfg)
+    report = pool_folds(
+        [run_dir / f"fold{fold + 1}" / "predictions.csv" for fold in range(cfg.folds)], corpus
+    )
+    print(report.table(f"all {len(corpus.clips):,} clips, each scored by the network that never saw it"))
+    print("\nfold  clips  accuracy    UAR  macro F1  best epoch")
+    names = ("accuracy", "uar", "macro_f1")
+    for fold, row in enumerate(rows):
+        scores = "  ".join(f"{row['holdout'][name]:8.1%}" for name in names)
+        clips = sum(part["clips"] for part in row["holdout"]["per_class"].values())
+        print(f"{fold + 1:4d}  {clips:5d}  {scores}  {row['best_epoch']:10d}")
+    spread = {name: _mean_and_deviation([row["holdout"][name] for row in rows]) for name in names}
+    print(
+        "mean "
+        + ", ".join(f"{name} {mean:.1%} +/- {deviation:.1%}" for name, (mean, deviation) in spread.items())
+    )
+    folds = [{"best_epoch": row["best_epoch"], **row["holdout"]} for row in rows]
+    head = {name: rows[0][name] for name in ("corpus", "parameters", "hardware", "versions", "config")}
+    minutes = sum(row["training_minutes"] for row in rows)
+    pooled = {"training_minutes": minutes, "spread": spread, "pooled": report.to_dict(), "folds": folds}
+    write_json(run_dir / "metrics.json", head | pooled)
+    write_predictions(run_dir / "predictions.csv", corpus, np.arange(len(corpus.clips)), report.outcome)
+
+
+def pool_folds(paths: Sequence[Path], corpus: Corpus) -> Report:
+    """Score the predictions that the folds wrote, all together.
+
+    Raises:
+        UserError: They do not hold every clip once.
+    """
+    probabilities = np.full((len(corpus.clips), len(corpus.labels)), np.nan, np.float32)
+    number = {str(clip.path): index for index, clip in enumerate(corpus.clips)}
+    for path in paths:
+        with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+            for row in csv.DictReader(file):
+                probabilities[number[row["filename"]]] = [float(row[label]) for label in corpus.labels]
+    if np.isnan(probabilities).any():
+        raise UserError(f"{paths[0].parent.parent}: the folds do not hold every clip once")
+    true = probabilities[np.arange(len(corpus.clips)), corpus.targets]
+    loss = float(-np.log(np.maximum(true, 1e-4)).mean())  # of four decimals; unweighted
+    return make_report(Outcome(loss, probabilities, corpus.targets), corpus, np.arange(len(corpus.clips)))
+
+
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    return float(np.mean(values)), float(np.std(values, ddof=1))
+
+
 # ---- the script -----------------------------------------------------------------------------------------
 
 
@@ -798,13 +1049,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Train."""
     cfg = parse_config(argv, description=__doc__)
     with join_team(cfg.device) as team:
+        work = cross_validate if cfg.folds else fit
         if not team.leads:
-            fit(cfg, team)
+            work(cfg, team)
             return 0
         Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
         try:
             with filelock.FileLock(Path(cfg.run_dir, "lock"), timeout=0):
-                fit(cfg, team)
+                work(cfg, team)
         except filelock.Timeout:
             raise UserError(
                 f"another run is writing to {cfg.run_dir}: "

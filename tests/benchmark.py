@@ -1,15 +1,20 @@
 """How fast it is, as ratios measured side by side in one run; speed is never part of a test.
 
-    python tests/benchmark.py [--data_dir DIR] [--repeats N] [--scale N [N ...]]
+    python tests/benchmark.py [--data_dir DIR] [--repeats N]
+    python tests/benchmark.py --scale N [N ...]
+    python tests/benchmark.py --target ACCURACY --data_dir DIR [flags of train.py]
 
 prints a table and writes benchmark.json into the working directory. Without a data folder it measures on
 the demo corpus. What is compared takes turns, after a warm-up, and the figures are medians. --scale measures
-time and memory on that many synthetic clips instead.
+time and memory on that many synthetic clips; --target the time from a cold start to a validation accuracy,
+ours against that of the original recipe.
 """
 
 import argparse
+import functools
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,6 +22,7 @@ import time
 import wave
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,8 +36,11 @@ from torch import nn
 
 from config import Config
 from inference import predict
-from model import build_model
+from model import build_model, resolve_dtype
 from prepare import (
+    Corpus,
+    Split,
+    augment_features,
     dct_matrix,
     extract_features,
     extract_file,
@@ -41,9 +50,10 @@ from prepare import (
     load_corpus,
     mel_bands,
     n_processes,
+    split_corpus,
     write_demo,
 )
-from train import make_loader, run_epoch
+from train import Run, make_loader, run_epoch
 
 
 class Row(NamedTuple):
@@ -146,22 +156,25 @@ def training_rows(cfg: Config, repeats: int) -> list[Row]:
     """An epoch of train.py against forward and backward on batches that are ready."""
     corpus = load_corpus(cfg)
     indices = np.arange(len(corpus.clips))[: 10 * cfg.batch_size]
-    model = build_model(cfg, len(corpus.labels))
-    criterion, optimizer = nn.CrossEntropyLoss(), torch.optim.Adam(model.parameters(), cfg.learning_rate)
     loader = make_loader(corpus, indices, cfg.batch_size, shuffle=True)
+    run = Run.start(cfg, corpus, Split(indices, indices, indices), torch.device("cpu"), 1000 * repeats)
+    criterion, dtype = nn.CrossEntropyLoss(), resolve_dtype(cfg.precision, torch.device("cpu"))
     ready = list(loader)
 
     def bare() -> None:
-        model.train()
+        run.model.train()
         for features, targets in ready:
-            optimizer.zero_grad()
-            criterion(model(features), targets).backward()
-            optimizer.step()
+            run.model.zero_grad()
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                logits = run.model(features)
+            criterion(logits, targets).backward()
 
-    ours, floor = race(
-        lambda: run_epoch(model, loader, criterion, optimizer=optimizer), bare, repeats=repeats
-    )
-    return [Row(f"epoch of {len(indices)} clips", ours, "bare forward, backward and step", floor)]
+    def epoch() -> None:
+        augment = functools.partial(augment_features, cfg=cfg)
+        run_epoch(run.model, loader, criterion, learn=run.learn, augment=augment, dtype=dtype)
+
+    ours, floor = race(epoch, bare, repeats=repeats)
+    return [Row(f"epoch of {len(indices)} clips", ours, "bare forward and backward", floor)]
 
 
 def inference_rows(paths: Sequence[Path], cfg: Config, repeats: int) -> list[Row]:
@@ -204,6 +217,110 @@ def start_rows(clip: Path, scratch: Path, repeats: int) -> list[Row]:
         Row("inference.py --help", answer, "import torch", torch_alone),
         Row("inference.py CLIP", label, "import torch", torch_alone),
     ]
+
+
+# ---- time to an accuracy --------------------------------------------------------------------------------
+
+
+class Original(nn.Module):
+    """The network of the project that this one follows: 579,367 parameters with seven classes."""
+
+    def __init__(self, n_classes: int) -> None:
+        """Build the layers."""
+        super().__init__()
+        widths = [120, 32, 64, 128]
+        self.conv = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv1d(before, after, 3, padding=1),
+                    nn.BatchNorm1d(after),
+                    nn.LeakyReLU(0.1),
+                    nn.MaxPool1d(2),
+                )
+                for before, after in pairwise(widths)
+            )
+        )
+        self.gru = nn.GRU(128, 128, 2, batch_first=True, bidirectional=True, dropout=0.5)
+        self.head = nn.Sequential(
+            *(nn.Dropout(0.5), nn.Linear(256, 128), nn.BatchNorm1d(128), nn.LeakyReLU(0.1)),
+            *(
+                nn.Dropout(0.5),
+                nn.Linear(128, 64),
+                nn.LeakyReLU(0.1),
+                nn.Dropout(0.5),
+                nn.Linear(64, n_classes),
+            ),
+        )
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Features (B, 120, T) -> logits (B, C)."""
+        _, last = self.gru(self.conv(features).transpose(1, 2))
+        return self.head(torch.cat([last[-2], last[-1]], dim=1))
+
+
+def original_time_to(target: float, corpus: Corpus, split: Split, cfg: Config) -> tuple[float, float]:
+    """Seconds of a plain loop, clip by clip with librosa, then epoch by epoch; and the accuracy then."""
+    start = time.perf_counter()
+    used = np.concatenate([split.train, split.val])
+    features = torch.empty(len(corpus.clips), cfg.n_features, cfg.n_frames)
+    for index in used.tolist():
+        features[index] = torch.from_numpy(librosa_features(corpus.clips[index].path, cfg))
+    targets = torch.from_numpy(corpus.targets)
+    counts = torch.bincount(targets[split.train])
+    torch.manual_seed(0)
+    model, criterion = Original(len(counts)), nn.CrossEntropyLoss(len(split.train) / (len(counts) * counts))
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3, weight_decay=1e-4)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, "max", factor=0.5, patience=3)
+    best, bad_epochs = 0.0, 0
+    while best < target and bad_epochs < 10:
+        model.train()
+        for batch in torch.from_numpy(np.random.default_rng().permutation(split.train)).split(64)[:-1]:
+            optimizer.zero_grad()
+            criterion(model(features[batch]), targets[batch]).backward()
+            optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            predicted = torch.cat(
+                [model(features[b]).argmax(1) for b in torch.from_numpy(split.val).split(256)]
+            )
+        accuracy = float((predicted == targets[split.val]).float().mean())
+        scheduler.step(accuracy)
+        best, bad_epochs = (accuracy, 0) if accuracy > best else (best, bad_epochs + 1)
+        print(f"original: {time.perf_counter() - start:6.0f} s  {accuracy:.1%}", flush=True)
+    return time.perf_counter() - start, best
+
+
+def our_time_to(target: float, flags: Sequence[str | Path], scratch: Path) -> tuple[float, float]:
+    """Seconds that train.py takes from a cold start and an empty cache; and the accuracy then."""
+    start, best = time.perf_counter(), 0.0
+    command = [sys.executable, "-u", REPO / "train.py", "--cache_dir", scratch / "fresh", *flags]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True, cwd=scratch) as process:
+        for line in process.stdout or ():
+            if found := re.search(r"^epoch.* val loss \S+ accuracy +([\d.]+)%", line):
+                best = max(best, float(found[1]) / 100)
+                print(f"ours:     {time.perf_counter() - start:6.0f} s  {best:.1%}", flush=True)
+                if best >= target:
+                    break
+        process.terminate()
+    return time.perf_counter() - start, best
+
+
+def measure_race(target: float, data_dir: Path, flags: Sequence[str], scratch: Path) -> dict[str, float]:
+    """Ours and the original, one after the other, to the same validation accuracy on the same clips."""
+    cfg = Config(data_dir=str(data_dir.absolute()), cache_dir=str(scratch / "cache"), device="cpu")
+    seconds, accuracy = our_time_to(target, ["--data_dir", cfg.data_dir, *flags], scratch)
+    corpus = load_corpus(cfg)
+    theirs, their_accuracy = original_time_to(target, corpus, split_corpus(corpus, cfg), cfg)
+    print(
+        f"ours {seconds:.0f} s ({accuracy:.1%}), original {theirs:.0f} s ({their_accuracy:.1%}): "
+        f"{theirs / seconds:.1f} x"
+    )
+    return {
+        "seconds": seconds,
+        "accuracy": accuracy,
+        "their_seconds": theirs,
+        "their_accuracy": their_accuracy,
+    }
 
 
 # ---- scale ----------------------------------------------------------------------------------------------
@@ -298,10 +415,15 @@ def main() -> None:
     parser.add_argument("--data_dir", type=Path, help="class folders; none: the demo corpus")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--scale", type=int, nargs="+", metavar="N", help="numbers of synthetic clips")
-    arguments = parser.parse_args()
+    parser.add_argument("--target", type=float, help="validation accuracy to race the original recipe to")
+    arguments, flags = parser.parse_known_args()
     if arguments.scale:
         with tempfile.TemporaryDirectory() as scratch:
             write_json({"scale": measure_scale(arguments.scale, Path(scratch))})
+        return
+    if arguments.target:
+        with tempfile.TemporaryDirectory() as scratch:
+            write_json(measure_race(arguments.target, arguments.data_dir, flags, Path(scratch)))
         return
     with tempfile.TemporaryDirectory() as scratch:
         data_dir = arguments.data_dir or Path(scratch, "demo")

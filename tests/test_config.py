@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import config
 from config import (
     RESUMABLE_FIELDS,
     RUNTIME_FIELDS,
+    SPLIT_FIELDS,
     Config,
     Interrupted,
     UserError,
@@ -32,11 +34,21 @@ SCRIPTS = ["prepare.py", "train.py", "inference.py"]
 BACKGROUND = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 
 
+# Of the fields that do not take any text or number.
+CHOICES: dict[str, list[Any]] = {
+    "device": ["auto", "cpu", "cuda", "cuda:1", "mps"],
+    "split": ["random", "speaker"],
+    "schedule": ["onecycle", "plateau"],
+    "precision": ["auto", "bfloat16", "float32"],
+    "folds": [0, 2, 100],
+}
+
+
 def other_value(name: str) -> Any:
     """A valid value of a field that is not its default."""
     default = FIELDS[name].default
-    if name == "device":
-        return "cuda:1"
+    if name in CHOICES:
+        return next(value for value in CHOICES[name] if value != default)
     if isinstance(default, bool):
         return not default
     if isinstance(default, str):
@@ -60,13 +72,16 @@ def run_python(
     )
 
 
-def edited_copy(folder: Path, old: str, new: str) -> Path:
-    """A copy of the scripts in which one line of config.py reads otherwise."""
+def edited_copy(folder: Path, line: str) -> Path:
+    """A copy of the scripts in which the line of one field in config.py reads otherwise."""
     for name in SCRIPTS:
         shutil.copy(ROOT / name, folder)
-    text = (ROOT / "config.py").read_text()
-    assert text.count(old) == 1
-    (folder / "config.py").write_text(text.replace(old, new))
+    name = line.split(maxsplit=1)[0].rstrip(":")
+    text, n_lines = re.subn(
+        rf"^    {name}: .*$", lambda _: f"    {line}", (ROOT / "config.py").read_text(), flags=re.MULTILINE
+    )
+    assert n_lines == 1
+    (folder / "config.py").write_text(text)
     return folder
 
 
@@ -234,6 +249,37 @@ def test_rules_between_fields(name: str, good: dict[str, Any], bad: dict[str, An
         Config(**bad)
 
 
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name in CHOICES for value in CHOICES[name]])
+def test_choice_is_allowed(name: str, value: object) -> None:
+    assert getattr(Config(**{name: value}), name) == value
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "rule"),
+    [
+        ("split", "clip", "random or speaker"),
+        ("split", "Speaker", "random or speaker"),
+        ("split", "", "not empty"),
+        ("manifest", "a\0b", "free of NUL characters"),
+        ("folds", 1, "0 or at least 2"),
+        ("folds", -1, "between 0 and 100"),
+        ("folds", 101, "between 0 and 100"),
+        ("folds", 5.0, "a whole number"),
+        ("conv_kernel", 0, "between 1 and 255"),
+        ("label_smoothing", 1, "between 0 and 0.9"),
+        ("ema_decay", 1, "between 0 and 0.999999"),
+        ("ema_decay", -0.1, "between 0 and 0.999999"),
+        ("schedule", "cosine", "onecycle or plateau"),
+        ("schedule", "one-cycle", "onecycle or plateau"),
+        ("precision", "float16", "auto, bfloat16 or float32"),
+        ("precision", "bf16", "auto, bfloat16 or float32"),
+    ],
+)
+def test_refusal_names_field_value_and_rule(name: str, value: object, rule: str) -> None:
+    with pytest.raises(UserError, match=re.escape(f"{name} = {value!r}: must be {rule}") + "$"):
+        Config(**{name: value})
+
+
 @pytest.mark.parametrize("tenths", range(1, 10))
 def test_the_parts_may_leave_a_tenth_for_training(tenths: int) -> None:
     """0.8 + 0.1 was refused: 0.9 - 0.8 is 0.09999999999999998, and the message said `at most 0.1`."""
@@ -244,7 +290,9 @@ def test_the_parts_may_leave_a_tenth_for_training(tenths: int) -> None:
 def test_sets_of_fields() -> None:
     assert RUNTIME_FIELDS < RESUMABLE_FIELDS < set(FIELDS)
     shapes = {"sample_rate", "duration", "n_mfcc", "n_fft", "hop_length", "n_mels"}
-    assert not RESUMABLE_FIELDS & (shapes | {"conv_channels", "gru_hidden", "seed", "val_fraction"})
+    network = {"conv_channels", "conv_blocks", "conv_kernel", "gru_hidden", "gru_layers"}
+    assert not RESUMABLE_FIELDS & (shapes | network | SPLIT_FIELDS | {"schedule"})
+    assert {"split", "manifest", "folds", "seed", "val_fraction"} < SPLIT_FIELDS < set(FIELDS)
 
 
 def test_with_runtime_takes_the_runtime_fields_alone() -> None:
@@ -255,9 +303,9 @@ def test_with_runtime_takes_the_runtime_fields_alone() -> None:
 
 
 def test_differences() -> None:
-    changed = Config(epochs=3, fill="Sad")
-    assert Config().differences(changed) == ["epochs: 60 -> 3", "fill: '' -> 'Sad'"]
-    assert Config().differences(changed, ignore=["fill", "seed"]) == ["epochs: 60 -> 3"]
+    before, after = Config(epochs=60), Config(epochs=3, fill="Sad")
+    assert before.differences(after) == ["epochs: 60 -> 3", "fill: '' -> 'Sad'"]
+    assert before.differences(after, ignore=["fill", "seed"]) == ["epochs: 60 -> 3"]
     assert Config().differences(Config()) == []
 
 
@@ -298,6 +346,11 @@ def test_no_flags_give_the_defaults() -> None:
         (["--learning_rate", "nan"], "learning_rate = nan"),
         (["--learning_rate", "inf"], "learning_rate = inf"),
         (["--device", "tpu"], "device = 'tpu'"),
+        (["--split", "clip"], "split = 'clip'"),
+        (["--schedule", "cosine"], "schedule = 'cosine'"),
+        (["--precision", "float16"], "precision = 'float16'"),
+        (["--folds", "1"], "folds = 1"),
+        (["--ema_decay", "1"], "ema_decay = 1"),
         (["--data_dir", ""], "data_dir = ''"),
         (["--demo=yes"], "--demo"),
         (["--no-epochs"], "--no-epochs"),
@@ -347,9 +400,7 @@ def test_inference_refuses_an_unknown_flag(capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_prints_the_live_default(script: str, tmp_path: Path) -> None:
     """Default and comment are those of the edited file; model.py is not there, so nothing is loaded."""
-    copy = edited_copy(
-        tmp_path, "batch_size: int = 64  # clips per step", "batch_size: int = 48  # 100% of a step"
-    )
+    copy = edited_copy(tmp_path, "batch_size: int = 48  # 100% of a step")
     result = run_python(script, "--help", cwd=copy)
     assert (result.returncode, result.stderr) == (0, "")
     shown = " ".join(result.stdout.split())
@@ -359,36 +410,38 @@ def test_help_prints_the_live_default(script: str, tmp_path: Path) -> None:
 
 
 def test_an_edited_default_arrives(tmp_path: Path) -> None:
-    copy = edited_copy(tmp_path, "epochs: int = 60", "epochs: int = 7")
+    copy = edited_copy(tmp_path, "epochs: int = 7")
     result = run_python("-c", "import config; print(config.parse_config(['--seed', '3']).epochs)", cwd=copy)
     assert (result.stdout, result.stderr) == ("7\n", "")
 
 
-BAD_EDITS = [  # (line of config.py, bad edit, what the message names)
-    ("batch_size: int = 64", "batch_size = 64", "batch_size has no type"),
-    (
-        "dropout: float = 0.5  # probability, between",
-        "dropout = 0.5  # probability, between",
-        "dropout has no type",
-    ),
-    ("epochs: int = 60", "epochs: int = 60\n    warmup = 5", "warmup has no type"),
-    ("learning_rate: float = 1e-3", 'learning_rate: float = "1e-3"', "learning_rate = '1e-3'"),
-    ("epochs: int = 60", "epochs: int = 60.0", "epochs = 60.0"),
-    ("epochs: int = 60", "epochs: int = 0", "epochs = 0"),
-    ("epochs: int = 60", "epochs: int = None", "epochs = None"),
-    ("n_mfcc: int = 40", "n_mfcc: int = 300", "n_mfcc = 300"),
-    ("demo: bool = False", 'demo: bool = "False"', "demo = 'False'"),
-    ("demo: bool = False", "demo: bool = 0", "demo = 0"),
-    ('data_dir: str = "data/dataset"', 'data_dir: str = ""', "data_dir = ''"),
-    ('device: str = "auto"', 'device: str = "GPU"', "device = 'GPU'"),
-    ("seed: int = 0", "seed: tuple = (0, 1)", "seed = (0, 1)"),
-    ("seed: int = 0", "seed: int = -1", "seed = -1"),
+BAD_EDITS = [  # (line of config.py, what the message names)
+    ("batch_size = 64", "batch_size has no type"),
+    ("dropout = 0.5  # probability, between", "dropout has no type"),
+    ("epochs: int = 60\n    warmup = 5", "warmup has no type"),
+    ('learning_rate: float = "1e-3"', "learning_rate = '1e-3'"),
+    ("epochs: int = 60.0", "epochs = 60.0"),
+    ("epochs: int = 0", "epochs = 0"),
+    ("epochs: int = None", "epochs = None"),
+    ("n_mfcc: int = 300", "n_mfcc = 300"),
+    ('demo: bool = "False"', "demo = 'False'"),
+    ("demo: bool = 0", "demo = 0"),
+    ('data_dir: str = ""', "data_dir = ''"),
+    ('device: str = "GPU"', "device = 'GPU'"),
+    ("seed: tuple = (0, 1)", "seed = (0, 1)"),
+    ("seed: int = -1", "seed = -1"),
+    ('split: str = "speakers"', "split = 'speakers'"),
+    ('schedule: str = ""', "schedule = ''"),
+    ('precision: str = "float64"', "precision = 'float64'"),
+    ("folds: int = 1", "folds = 1"),
+    ("manifest: str = None", "manifest = None"),
+    ("ema_decay: float = 1.0", "ema_decay = 1.0"),
 ]
 
 
-@pytest.mark.parametrize(("old", "new", "named"), BAD_EDITS, ids=[new for _, new, _ in BAD_EDITS])
-def test_bad_edit(old: str, new: str, named: str, tmp_path: Path) -> None:
-    result = run_python("prepare.py", cwd=edited_copy(tmp_path, old, new))
+@pytest.mark.parametrize(("line", "named"), BAD_EDITS, ids=[line for line, _ in BAD_EDITS])
+def test_bad_edit(line: str, named: str, tmp_path: Path) -> None:
+    result = run_python("prepare.py", cwd=edited_copy(tmp_path, line))
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
@@ -397,7 +450,7 @@ def test_bad_edit(old: str, new: str, named: str, tmp_path: Path) -> None:
 
 def test_untyped_runtime_line_at_inference(tmp_path: Path) -> None:
     """The parser looked up the field before Config could complain: KeyError with a traceback."""
-    result = run_python("inference.py", cwd=edited_copy(tmp_path, "batch_size: int = 64", "batch_size = 64"))
+    result = run_python("inference.py", cwd=edited_copy(tmp_path, "batch_size = 64"))
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "batch_size has no type" in result.stderr

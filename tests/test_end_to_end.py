@@ -89,6 +89,7 @@ def test_files_are_where_the_readme_says(story: Story) -> None:
         "last.pth",
         "history.csv",
         "metrics.json",
+        "predictions.csv",
         "loss.png",
         "confusion_matrix.png",
         "lock",
@@ -227,16 +228,18 @@ def test_two_processes_train_one_network(demo_corpus: Path, tmp_path: Path) -> N
 
 
 def test_two_processes_resume_one_run(demo_corpus: Path, tmp_path: Path) -> None:
-    """All of them go on where all of them stopped."""
-    flags = ["--data_dir", demo_corpus, "--device", "cpu", *TRAIN]
+    """All of them go on where all of them stopped; other epochs would be another plan for a cycle."""
+    flags = ["--data_dir", demo_corpus, "--device", "cpu", *TRAIN, "--schedule", "plateau"]
     for epochs, more in ((2, []), (4, ["--resume"])):
         result = torchrun(*flags, *more, "--epochs", str(epochs), cwd=tmp_path)
         assert result.returncode == 0, result.stderr
     straight = tmp_path / "straight"
     straight.mkdir()
     assert torchrun(*flags, "--epochs", "4", "--cache_dir", tmp_path / "cache", cwd=straight).returncode == 0
-    weights, expected = (load_checkpoint(home / "run" / "last.pth").weights for home in (tmp_path, straight))
-    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    resumed, expected = (load_checkpoint(home / "run" / "last.pth") for home in (tmp_path, straight))
+    for name, value in expected.weights.items():
+        assert torch.equal(resumed.weights[name], value)
+        assert torch.equal(resumed.training["average"][name], expected.training["average"][name])
 
 
 def test_two_processes_complain_once(demo_corpus: Path, tmp_path: Path) -> None:

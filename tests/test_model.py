@@ -26,6 +26,7 @@ from model import (
     load_checkpoint,
     replace_file,
     resolve_device,
+    resolve_dtype,
     restore_model,
     save_checkpoint,
 )
@@ -82,6 +83,8 @@ def test_one_row_of_finite_logits_per_clip(n_clips: int, n_frames: int) -> None:
         {},
         {"conv_channels": 5},
         {"conv_blocks": 1},
+        {"conv_blocks": 5},
+        {"conv_kernel": 4},
         {"gru_hidden": 10},
         {"gru_layers": 1},
         {"gru_layers": 3, "n_mfcc": 13},
@@ -93,21 +96,22 @@ def test_parameter_count_is_that_of_the_formula(changes: dict[str, int], n_class
     cfg = replace(SMALL, **changes)
     count, width = 0, cfg.n_features
     for block in range(cfg.conv_blocks):
-        out = cfg.conv_channels * 2**block
-        count += (3 * width + 1) * out + 2 * out  # convolution, batch norm
+        out = cfg.conv_channels * (2 + block) // 2
+        count += cfg.conv_kernel * width * out + 2 * out  # convolution, batch norm
         width = out
     hidden = cfg.gru_hidden
     for _ in range(cfg.gru_layers):
         count += 2 * 3 * hidden * (width + hidden + 2)  # two directions, three gates, two biases
         width = 2 * hidden
-    count += (width + 1) * hidden + 2 * hidden  # linear, batch norm
-    count += (hidden + 1) * (hidden // 2) + (hidden // 2 + 1) * n_classes
+    count += (width + 1) * 64 + 64 + 1  # attention: linear, linear
+    count += (3 * width + 1) * hidden + 2 * hidden  # mean, deviation and maximum: linear, batch norm
+    count += (hidden + 1) * n_classes
     assert sum(p.numel() for p in make_model(cfg, n_classes).parameters()) == count
 
 
-def test_default_network_has_579367_parameters() -> None:
+def test_default_network_has_1155592_parameters() -> None:
     """The number that the README states."""
-    assert sum(p.numel() for p in build_model(Config(), 7).parameters()) == 579_367
+    assert sum(p.numel() for p in build_model(Config(), 7).parameters()) == 1_155_592
 
 
 @pytest.mark.parametrize("n_frames", [1, 17, 130])
@@ -135,34 +139,64 @@ def test_first_and_last_frame_influence_the_logits(n_frames: int, frame: int) ->
     assert (network(changed) != logits).any(dim=1).all()
 
 
-@pytest.mark.parametrize("half", ["forward", "backward"])
+@pytest.mark.parametrize("part", range(4), ids=["mean", "mean back", "deviation", "deviation back"])
 @pytest.mark.parametrize("frame", [0, 64, -1])
-def test_both_directions_have_seen_the_whole_clip(half: str, frame: int) -> None:
+def test_both_directions_have_seen_the_whole_clip(part: int, frame: int) -> None:
     """The original read the last time step, where the backward direction has seen one frame only."""
     cfg = replace(SMALL, gru_layers=1)  # a lower layer would carry the frames along
     network, batch, seen = make_model(cfg), clips(1, 130).requires_grad_(), []
     network.head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     network(batch)
-    first, second = seen[0].chunk(2, dim=1)
-    (first if half == "forward" else second).square().sum().backward()
+    seen[0].chunk(6, dim=1)[part].square().sum().backward()
     assert batch.grad is not None
     assert batch.grad[0, :, frame].abs().sum() > 0
 
 
+@pytest.mark.parametrize("n_frames", [1, 5, 50])
 @pytest.mark.parametrize("gru_layers", [1, 2, 3])
-def test_head_reads_the_last_state_of_each_direction(gru_layers: int) -> None:
-    """Of the top layer: forward after the last step, backward after the first."""
+def test_head_reads_mean_deviation_and_maximum(gru_layers: int, n_frames: int) -> None:
+    """Of the top layer over time, step by step; attention weighs the steps of a clip, which add up to 1."""
     network, seen, states = make_model(replace(SMALL, gru_layers=gru_layers)), [], []
     network.head.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0]))
     network.gru.register_forward_hook(lambda _module, _inputs, outputs: states.append(outputs[0]))
-    network(clips(3, 50))
-    forward, backward = states[0].chunk(2, dim=2)
-    torch.testing.assert_close(seen[0], torch.cat([forward[:, -1], backward[:, 0]], dim=1))
+    with torch.inference_mode():
+        network.attention[2].weight *= 200  # the steps weigh very differently
+        network(clips(3, n_frames))
+        network.double()
+        for pooled, steps in zip(seen[0], states[0].double(), strict=True):  # (6 * hidden,), (T, 2 * hidden)
+            importance = [float(network.attention(step)) for step in steps]
+            shares = [float(np.exp(value)) / sum(map(np.exp, importance)) for value in importance]
+            mean = sum(share * step for share, step in zip(shares, steps, strict=True))
+            spread = sum(share * (step - mean) ** 2 for share, step in zip(shares, steps, strict=True))
+            expected = torch.cat([mean, spread.clamp(min=1e-5).sqrt(), steps.max(dim=0).values])
+            torch.testing.assert_close(pooled.double(), expected, rtol=0, atol=1e-4)
+            assert n_frames < 50 or max(shares) > 1.5 * min(shares)
+
+
+@pytest.mark.parametrize("n_frames", [1, 4])
+def test_a_clip_of_one_state_has_a_finite_gradient(n_frames: int) -> None:
+    """A single state has no deviation, and the root no slope at 0: NaN would go through all weights."""
+    network = make_model().train()
+    network(clips(3, n_frames)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("n_frames", [1, 17, 130])
+def test_bfloat16_gives_nearly_the_same_logits(n_frames: int) -> None:
+    """As float32, which loss and softmax need."""
+    network, batch = make_model(Config(), 7), clips(3, n_frames, Config())
+    with torch.inference_mode():
+        exact = network(batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = network(batch)
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=0.1 * float(exact.abs().max()))
 
 
 def smallest() -> Config:
     """The smallest network that the config allows."""
-    names = ("conv_channels", "conv_blocks", "gru_hidden", "gru_layers")
+    names = ("conv_channels", "conv_blocks", "conv_kernel", "gru_hidden", "gru_layers")
     return replace(SMALL, **{name: int(config._BOUNDS[name][0]) for name in names})
 
 
@@ -174,9 +208,8 @@ def test_every_parameter_gets_a_gradient(cfg: Config) -> None:
     network = make_model(cfg).train()
     network(clips(8, 20, cfg)).square().sum().backward()
     idle = [name for name, p in network.named_parameters() if p.grad is None or not p.grad.any()]
-    # A batch norm takes the mean away again, and with it the bias before it.
-    biases = {f"conv.{block}.0.bias" for block in range(cfg.conv_blocks)} | {"head.1.bias"}
-    assert not set(idle) - biases
+    # A batch norm takes the mean away again, and with it the bias before it; so does a softmax.
+    assert not set(idle) - {"head.1.bias", "attention.2.bias"}
 
 
 def test_smallest_network_tells_clips_apart() -> None:
@@ -283,6 +316,29 @@ def test_device_that_is_missing_is_named(name: str, n_cuda: int, monkeypatch: py
     assert error.value.code == 2
 
 
+@pytest.mark.parametrize(("name", "dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+def test_precision_that_is_named_is_taken(name: str, dtype: torch.dtype, device: str) -> None:
+    """Whatever the device is good at."""
+    assert resolve_dtype(name, torch.device(device)) == dtype
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
+@pytest.mark.parametrize("fast", ["cpu", "cuda", ""])
+def test_auto_precision_is_bfloat16_where_that_is_fast(
+    device: str, fast: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one device of the machine can do says nothing of another; emulated it is slower than float32."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast == "cpu")
+    monkeypatch.setattr(
+        torch.cuda,
+        "is_bf16_supported",
+        lambda including_emulation=True: including_emulation or fast == "cuda",
+    )
+    expected = torch.bfloat16 if device == fast else torch.float32
+    assert resolve_dtype("auto", torch.device(device)) == expected
+
+
 # ---- checkpoint: round trip -----------------------------------------------------------------------------
 
 
@@ -374,7 +430,8 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "bare weights": lambda path: torch.save(make_model().state_dict(), path),
     "other keys": lambda path: torch.save({"model": {}, "epoch": 3}, path),
     "legacy format": lambda path: torch.save({}, path, _use_new_zipfile_serialization=False),
-    "other version": edit(lambda content: content.update(version=99)),
+    "other version": edit(lambda content: content.update(version=model.VERSION - 1)),
+    "later version": edit(lambda content: content.update(version=model.VERSION + 1)),
     "no version": edit(lambda content: content.pop("version")),
     "no labels": edit(lambda content: content.update(labels=[])),
     "labels twice": edit(lambda content: content.update(labels=["Sad", "Sad", "Angry"])),
@@ -419,7 +476,7 @@ def test_damaged_checkpoint_is_refused_in_one_line(damage: Callable[[Path], obje
         ("config value bad", "n_mfcc = -1"),
         ("weight missing", "head.5.weight"),
         ("weight of other shape", "mean"),
-        ("other version", "layout 1"),
+        ("other version", f"layout {model.VERSION}"),
     ],
 )
 def test_refusal_names_what_is_wrong(damage: str, named: str, saved: Path) -> None:

@@ -11,7 +11,9 @@ import select
 import shutil
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,8 @@ from prepare import (
     AudioError,
     Clip,
     ClipFeatures,
+    Prepared,
+    augment_features,
     cache_key,
     dct_matrix,
     delta_matrix,
@@ -44,7 +48,7 @@ from prepare import (
     make_demo,
     mel_filters,
     source_of,
-    split_clips,
+    split_corpus,
     write_demo,
 )
 
@@ -507,6 +511,99 @@ def test_extraction_leaves_the_wave_alone(rng: np.random.Generator) -> None:
     torch.testing.assert_close(extract_features(waves, Config()), first, rtol=0, atol=0)
 
 
+# ---- augmentation ---------------------------------------------------------------------------------------
+
+
+def augmented(features: torch.Tensor, draw: float, **options: float) -> torch.Tensor:
+    """augment_features with every random number at `draw` of its range, 0 to 1."""
+    cfg = Config(**({"warp": 0.0, "stretch": 0.0, "shift": 0.0} | options))  # type: ignore[arg-type]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, draw))
+        patch.setattr(torch, "randint", lambda n, shape, **_: torch.full(shape, round(draw * (n - 1))))
+        return augment_features(features, cfg)
+
+
+def some_features(n_clips: int = 3) -> torch.Tensor:
+    rng = np.random.default_rng(5)
+    waves = rng.normal(0, 0.1, (n_clips, 50_000)) * np.sin(np.linspace(0, 9, 50_000)) ** 2
+    return extract_features(torch.from_numpy(waves.astype(np.float32)), Config())
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.3, 1.0])
+def test_no_augmentation_changes_nothing(draw: float) -> None:
+    features = some_features()
+    torch.testing.assert_close(augmented(features, draw), features, rtol=0, atol=2e-3)
+
+
+def test_middle_of_the_range_changes_nothing() -> None:
+    features = some_features()
+    same = augmented(features, 0.5, warp=0.2, stretch=0.3, shift=0.5)
+    torch.testing.assert_close(same, features, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("frames", [-20, 20])
+def test_shift_equals_that_of_the_wave(frames: int) -> None:
+    """Up to where a window reaches over the cut: there is silence on one side of it."""
+    wave = np.random.default_rng(1).normal(0, 0.1, 66150).astype(np.float32)
+    moved = np.roll(wave, frames * 512)
+    moved[: frames * 512 if frames > 0 else 0] = 0
+    moved[len(moved) + frames * 512 if frames < 0 else len(moved) :] = 0
+    shifted = augmented(
+        torch.from_numpy(ours(wave, Config()))[None], float(frames > 0), shift=20 * 512 / 22050
+    )
+    expected = torch.from_numpy(ours(moved, Config()))
+    whole = slice(24, 124) if frames > 0 else slice(4, 104)
+    torch.testing.assert_close(shifted[0, :40, whole], expected[:40, whole], rtol=0, atol=2e-2)
+    silent = slice(0, 15) if frames > 0 else slice(116, 130)
+    torch.testing.assert_close(shifted[0, :40, silent], expected[:40, silent], rtol=0, atol=25)
+    assert (shifted[0, 1:40, silent] == 0).all()
+
+
+@pytest.mark.parametrize("draw", [0.0, 1.0])
+def test_stretch_moves_events(draw: float) -> None:
+    """A click at 1 s is heard earlier in a faster clip, by the factor asked for."""
+    wave = 1e-3 * np.random.default_rng(1).normal(size=66150)
+    wave[22050:22250] += 0.5
+    features = torch.from_numpy(ours(wave.astype(np.float32), Config()))[None]
+    at = int(augmented(features, draw, stretch=0.25)[0, 0].argmax())
+    assert at == pytest.approx(22050 / 512 / 1.25 ** (2 * draw - 1), abs=3)
+
+
+@pytest.mark.parametrize("draw", [0.0, 1.0])
+def test_warp_moves_a_tone(draw: float) -> None:
+    """With as many coefficients as bands, the DCT can be undone: the tone is in another band."""
+    cfg = Config(n_mfcc=128, warp=0.25, stretch=0, shift=0)
+    features = torch.from_numpy(ours(tone(2000, 3), cfg))[None]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "randint", lambda n, shape, **_: torch.full(shape, round(draw * (n - 1))))
+        warped = augment_features(features, cfg)[0, :128]
+    band = int((dct_matrix(128, 128).T @ warped)[:, 60].argmax())
+    edges = librosa.mel_frequencies(130, fmin=0, fmax=RATE / 2)
+    assert edges[band] < 2000 / 1.25 ** (2 * draw - 1) < edges[band + 2]
+
+
+def test_deltas_follow_the_augmented_cepstra() -> None:
+    torch.manual_seed(0)
+    changed = augment_features(some_features(), Config(warp=0.1, stretch=0.2, shift=0.3))
+    for order in (1, 2):
+        rows = changed[:, 40 * order : 40 * (order + 1)]
+        torch.testing.assert_close(rows, changed[:, :40] @ delta_matrix(130, order), rtol=0, atol=1e-3)
+
+
+def test_augmentation_is_drawn_for_each_clip_by_the_seed() -> None:
+    """And leaves what it was given alone."""
+    features = some_features(1).repeat(4, 1, 1)
+    before = features.clone()
+    torch.manual_seed(3)
+    first = augment_features(features, Config())
+    torch.manual_seed(3)
+    again = augment_features(features, Config())
+    torch.testing.assert_close(first, again, rtol=0, atol=0)
+    assert all((first[k] - first[0]).abs().max() > 1 for k in range(1, 4))
+    torch.testing.assert_close(features, before, rtol=0, atol=0)
+    assert first.isfinite().all()
+
+
 @pytest.mark.parametrize("seconds", [0.01, 0.5, 2.99, 3.0, 9.0])
 def test_extract_file(seconds: float, tmp_path: Path) -> None:
     path = write_noise(tmp_path / "a.wav", seconds=seconds)
@@ -677,14 +774,14 @@ def test_order_and_choice_of_files_are_free(tmp_path: Path, cached: Config, extr
     assert len(extracted) == 5
 
 
-def replace(path: Path) -> None:
+def overwrite(path: Path) -> None:
     write_noise(path, seed=99)
     os.utime(path, ns=(1, 1))
 
 
 CHANGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {  # (change of 02.wav, what is extracted)
     "nothing": (lambda _: None, []),
-    "changed": (replace, ["02.wav"]),
+    "changed": (overwrite, ["02.wav"]),
     "longer": (lambda path: write_noise(path, seconds=0.45), ["02.wav"]),
     "touched": (lambda path: os.utime(path, ns=(5, 5)), ["02.wav"]),
     "added": (lambda path: write_noise(path.with_name("09.wav"), seed=9), ["09.wav"]),
@@ -1041,17 +1138,32 @@ def test_same_audio_is_reported(label: str, small_corpus: Config, capsys: pytest
     assert "1 group(s) of clips with the same audio" in err
 
 
-def split(targets: Sequence[int], groups: Sequence[str] | None = None, **options: Any) -> prepare.Split:
-    """split_clips with usual settings, and each clip in a group of its own."""
-    settings = {"val_fraction": 0.1, "holdout_fraction": 0.1, "seed": 0} | options
-    return split_clips(np.array(targets), groups or [f"g{k}" for k in range(len(targets))], **settings)
+def corpus_of(
+    targets: Sequence[int], groups: Sequence[str] | None = None, names: Sequence[str] | None = None
+) -> prepare.Corpus:
+    """A corpus without audio; each clip in a group of its own, and of no known speaker, unless said."""
+    count = len(targets)
+    clips = [Clip(Path(name), label) for name, label in zip(names or ["x.wav"] * count, targets, strict=True)]
+    digests = list(groups or [f"g{k}" for k in range(count)])
+    prepared = Prepared(np.arange(count), np.zeros(0), np.zeros(0), digests, [])  # type: ignore[arg-type]
+    labels = tuple("ABCDEFGHIJ"[: max(targets, default=0) + 1])
+    return prepare.Corpus(
+        labels, clips, np.array(targets), [source_of(clip.path) for clip in clips], prepared
+    )
+
+
+def split(
+    targets: Sequence[int], groups: Sequence[str] | None = None, *, fold: int = 0, **options: Any
+) -> prepare.Split:
+    """split_corpus of such a corpus."""
+    return split_corpus(corpus_of(targets, groups), Config(**options), fold)
 
 
 @pytest.mark.parametrize("val_fraction", [0.1, 0.25, 0.5])
 @pytest.mark.parametrize("holdout_fraction", [0, 0.1, 0.3])
 def test_split_is_stratified_and_complete(val_fraction: float, holdout_fraction: float) -> None:
     targets = np.repeat(np.arange(4), (200, 41, 17, 100))
-    parts = split(targets, val_fraction=val_fraction, holdout_fraction=holdout_fraction)
+    parts = split(targets.tolist(), val_fraction=val_fraction, holdout_fraction=holdout_fraction)
     np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(len(targets)))
     for part in parts:
         assert (np.diff(part) > 0).all()
@@ -1082,7 +1194,7 @@ def test_groups_never_straddle(seed: int) -> None:
     rng = np.random.default_rng(seed)
     targets = rng.integers(0, 4, 300)
     groups = [f"g{k}" for k in rng.integers(0, rng.integers(60, 300), 300)]
-    parts = split(targets, groups, val_fraction=0.2, seed=seed)
+    parts = split(targets.tolist(), groups, val_fraction=0.2, seed=seed)
     owners = [{groups[k] for k in part} for part in parts]
     for mine, theirs in itertools.combinations(owners, 2):
         assert not mine & theirs
@@ -1255,12 +1367,123 @@ def test_split_does_not_depend_on_the_names_of_groups(rng: np.random.Generator) 
     """Digests of features differ between processors and library versions, and must not move the split."""
     targets = rng.integers(3, size=200)
     shared = rng.integers(150, size=200)  # which clips sound the same
-    settings = {"val_fraction": 0.1, "holdout_fraction": 0.2, "seed": 0}
     names = rng.permutation(1000)
-    one = split_clips(targets, [str(group) for group in shared], **settings)
-    other = split_clips(targets, [str(names[group]) for group in shared], **settings)
+    one = split(targets.tolist(), [str(group) for group in shared])
+    other = split(targets.tolist(), [str(names[group]) for group in shared])
     for part, same in zip(one, other, strict=True):
         np.testing.assert_array_equal(part, same)
+
+
+# ---- folds and speakers ---------------------------------------------------------------------------------
+
+NAMES = [
+    *(f"{1001 + k}_DFA_{emotion}_XX.wav" for k in range(30) for emotion in ("ANG", "SAD", "HAP")),
+    *(f"03-0{channel}-05-01-01-01-{k:02d}.wav" for k in range(1, 13) for channel in (1, 2)),
+    *(f"{who}_{code}01.wav" for who in ("DC", "JE", "JK", "KL") for code in ("a", "sa", "h")),
+    *(f"{who}_back_{emotion}.wav" for who in ("OAF", "YAF") for emotion in ("angry", "sad", "happy")),
+]
+
+
+def by_speaker(digests: Sequence[str] | None = None, fold: int = 0, **options: Any) -> list[set[str]]:
+    """The speakers of each part of NAMES."""
+    corpus = corpus_of([k % 3 for k in range(len(NAMES))], digests, NAMES)
+    parts = split_corpus(corpus, Config(split="speaker", **options), fold)
+    assert sorted(np.concatenate(parts)) == list(range(len(NAMES)))
+    return [{corpus.sources[index].speaker for index in part} for part in parts]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_no_speaker_on_two_sides(seed: int) -> None:
+    """Speech and song of one actor included; each corpus with enough speakers is on all sides."""
+    train, val, holdout = by_speaker(seed=seed)
+    assert not (train & val or train & holdout or val & holdout)
+    for part, sizes in (
+        (val, {"CREMA-D": 3, "RAVDESS": 1, "SAVEE": 1}),
+        (holdout, {"CREMA-D": 3, "RAVDESS": 1, "SAVEE": 1}),
+    ):
+        assert Counter(name.split()[0] for name in part) == sizes
+    assert {"TESS OA", "TESS YA"} <= train  # two speakers cannot be on three sides
+
+
+def test_speakers_are_drawn_by_seed() -> None:
+    assert by_speaker() == by_speaker()
+    assert by_speaker() != by_speaker(seed=1)
+
+
+@pytest.mark.parametrize("n_folds", [2, 3, 5])
+def test_every_speaker_is_held_out_once(n_folds: int) -> None:
+    """Also those of corpora with few of them."""
+    folds = [by_speaker(fold=fold, folds=n_folds) for fold in range(n_folds)]
+    held = [name for _, _, holdout in folds for name in holdout]
+    assert len(held) == len(set(held)) == 30 + 12 + 4 + 2
+    for train, val, holdout in folds:
+        assert not (train & val or train & holdout or val & holdout)
+        assert val
+
+
+def test_speakers_who_share_audio_count_as_one() -> None:
+    """Else the same audio would be on both sides; also along a chain of three."""
+    digests = [f"g{k}" for k in range(len(NAMES))]
+    digests[0] = digests[3] = "same"  # 1001 and 1002
+    digests[4] = digests[6] = "more"  # 1002 and 1003
+    for seed in range(8):
+        parts = by_speaker(digests, seed=seed, holdout_fraction=0.4)
+        one = {f"CREMA-D {number}" for number in (1001, 1002, 1003)}
+        assert sum(bool(one & part) for part in parts) == 1
+
+
+def test_unknown_speakers_cannot_be_split() -> None:
+    corpus = corpus_of([0, 1] * 20, names=[*NAMES[:39], "recording.wav"])
+    with pytest.raises(UserError, match=r"speakers of 1 of 40 clips are not known.*--manifest"):
+        split_corpus(corpus, Config(split="speaker"))
+
+
+@pytest.mark.parametrize("n_folds", [2, 5])
+def test_every_clip_is_held_out_once(n_folds: int) -> None:
+    """In each class evenly, audio kept together, and validation clips taken from the rest."""
+    targets = np.repeat(np.arange(3), (100, 50, 31))
+    groups = [f"g{k // 2}" for k in range(len(targets))]
+    splits = [split(targets.tolist(), groups, fold=fold, folds=n_folds) for fold in range(n_folds)]
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate([parts.holdout for parts in splits])), np.arange(181)
+    )
+    for parts in splits:
+        np.testing.assert_array_equal(np.sort(np.concatenate(parts)), np.arange(181))
+        counts = np.bincount(targets[parts.holdout])
+        np.testing.assert_allclose(counts, np.array([100, 50, 31]) / n_folds, atol=6)
+        np.testing.assert_allclose(len(parts.val), 0.1 * (181 - len(parts.holdout)), atol=4)
+        owners = [{groups[k] for k in part} for part in parts]
+        assert not (owners[0] & owners[1] or owners[0] & owners[2] or owners[1] & owners[2])
+
+
+def test_manifest_names_speakers(small_corpus: Config, tmp_path: Path) -> None:
+    """Those it does not name keep what their file names tell."""
+    manifest = tmp_path / "speakers.csv"
+    manifest.write_text("speaker,filename,age\nanna,Angry/0.wav,30\n")
+    corpus = load_corpus(replace(small_corpus, manifest=str(manifest)))
+    speakers = {clip.path: source.speaker for clip, source in zip(corpus.clips, corpus.sources, strict=True)}
+    assert speakers.pop(Path(small_corpus.data_dir, "Angry", "0.wav")) == "anna"
+    assert set(speakers.values()) == {""}
+
+
+@pytest.mark.parametrize(
+    ("content", "match"),
+    [
+        ("filename,speaker\n../secret.wav,a\n", "line 2: .*leads out of"),
+        ("filename,speaker\nAngry/../../secret.wav,a\n", "line 2: .*leads out of"),
+        ("filename,speaker\n/etc/passwd,a\n", "line 2: .*leads out of"),
+        ("filename,speaker\nAngry/0.wav,a\nAngry/gone.wav,a\n", "line 3: no file"),
+        ("filename,speaker\nAngry/0.wav,\n", "line 2: needs a filename and a speaker"),
+        ("path,speaker\nAngry/0.wav,a\n", "line 2: needs a filename and a speaker"),
+        (None, "No such file"),
+    ],
+)
+def test_bad_manifest(content: str | None, match: str, small_corpus: Config, tmp_path: Path) -> None:
+    manifest = tmp_path / "speakers.csv"
+    if content is not None:
+        manifest.write_text(content)
+    with pytest.raises(UserError, match=match):
+        load_corpus(replace(small_corpus, manifest=str(manifest)))
 
 
 def test_two_runs_may_make_the_demo_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

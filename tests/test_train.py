@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 import shutil
 import signal
 import subprocess
@@ -23,7 +24,7 @@ from torch.utils.data import DataLoader
 import train
 from config import Config, Interrupted, UserError
 from model import Checkpoint, build_model, load_checkpoint, save_checkpoint
-from prepare import Clip, Corpus, Prepared, extract_file, load_corpus, split_clips
+from prepare import Clip, Corpus, Prepared, extract_file, load_corpus, source_of, split_corpus
 from tests.conftest import RATE, tone
 from train import (
     EarlyStopping,
@@ -31,6 +32,8 @@ from train import (
     Run,
     Scores,
     Team,
+    bootstrap,
+    calibration_error,
     class_weights,
     fit,
     main,
@@ -97,8 +100,13 @@ def assert_same_run(one: Config, other: Config) -> None:
     assert same(best(one).weights, best(other).weights)
     assert (best(one).epoch, best(one).scores) == (best(other).epoch, best(other).scores)
     assert same(last(one).weights, last(other).weights)
-    for part in ("optimizer", "scheduler", "stopping", "best"):
+    for part in ("average", "n_steps", "optimizer", "scheduler", "stopping", "best"):
         assert same(last(one).training[part], last(other).training[part]), part
+
+
+def outcome_of(predictions: np.ndarray, targets: np.ndarray, n_classes: int = 2) -> Outcome:
+    """Predictions without a doubt."""
+    return Outcome(1.0, np.eye(n_classes, dtype=np.float32)[predictions], targets)
 
 
 def noise_corpus(rng: np.random.Generator, n_clips: int, n_classes: int = 2) -> Corpus:
@@ -107,7 +115,8 @@ def noise_corpus(rng: np.random.Generator, n_clips: int, n_classes: int = 2) -> 
     targets = np.arange(n_clips) % n_classes
     clips = [Clip(Path(f"{number}.wav"), int(label)) for number, label in enumerate(targets)]
     prepared: Any = Prepared(np.arange(n_clips), features, np.ones(n_clips), [""] * n_clips, [])  # type: ignore[arg-type]
-    return Corpus(tuple("ABCDEFG"[:n_classes]), clips, targets, prepared)
+    sources = [source_of(clip.path) for clip in clips]
+    return Corpus(tuple("ABCDEFG"[:n_classes]), clips, targets, sources, prepared)
 
 
 # ---- several processes ----------------------------------------------------------------------------------
@@ -194,10 +203,16 @@ def test_learns_eight_clips_by_heart(rng: np.random.Generator) -> None:
     """Random features and labels, no dropout: the loss, its gradient and the optimizer belong together."""
     torch.manual_seed(0)
     corpus = noise_corpus(rng, 8)
-    network = build_model(Config(dropout=0, conv_channels=8, gru_hidden=16), 2)
+    network = build_model(Config(dropout=0, conv_dropout=0, conv_channels=8, gru_hidden=16), 2)
     optimizer, criterion = torch.optim.Adam(network.parameters(), 1e-2), nn.CrossEntropyLoss()
+
+    def learn(loss: Tensor) -> None:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
     loader = make_loader(corpus, np.arange(8), 4, shuffle=True)
-    losses = [run_epoch(network, loader, criterion, optimizer=optimizer).loss for _ in range(40)]
+    losses = [run_epoch(network, loader, criterion, learn=learn).loss for _ in range(40)]
     assert losses[-1] < 0.1 * losses[0]
     checked = run_epoch(network, make_loader(corpus, np.arange(8), 4, shuffle=False), criterion)
     assert checked.predictions.tolist() == checked.targets.tolist() == [0, 1] * 4
@@ -216,7 +231,7 @@ def test_evaluation_leaves_the_network_alone(rng: np.random.Generator) -> None:
 def test_separable_classes_are_learnt(tiny_cfg: Config) -> None:
     """From audio files to a perfect score on clips that were never trained on."""
     cfg = replace(tiny_cfg, val_fraction=0.5, holdout_fraction=0.25)
-    metrics = fit(replace(cfg, epochs=12, learning_rate=1e-2, dropout=0.1))
+    metrics = fit(replace(cfg, epochs=40, patience=40, lr_patience=40, learning_rate=1e-2, dropout=0.1))
     assert metrics["val"]["accuracy"] == metrics["holdout"]["accuracy"] == 1
 
 
@@ -317,6 +332,56 @@ def test_resumed_run_does_not_overwrite_a_better_epoch(tiny_cfg: Config) -> None
 
 
 @pytest.fixture
+def onecycle_cfg(tiny_cfg: Config) -> Config:
+    """A run whose rate is laid out for all its epochs, and which saves an average."""
+    return replace(tiny_cfg, schedule="onecycle", ema_decay=0.9, epochs=6, patience=50)
+
+
+@pytest.mark.parametrize(("cut", "precision"), [(1, "float32"), (4, "float32"), (3, "bfloat16")])
+def test_resumed_cycle_equals_an_undisturbed_one(
+    cut: int, precision: str, onecycle_cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The average, its age, and the place on the way up or down are taken up to the last bit."""
+    cfg = replace(onecycle_cfg, precision=precision)
+    straight = in_folder(cfg, tmp_path / "straight")
+    fit(straight)
+    with monkeypatch.context() as patch:
+        stop_after(cut, patch)
+        with pytest.raises(Interrupted):
+            fit(cfg)
+    assert last(cfg).epoch == cut
+    assert not same(last(cfg).weights, last(cfg).training["average"])
+    fit(replace(cfg, resume=True))
+    assert_same_run(straight, cfg)
+
+
+@pytest.mark.parametrize("change", [{"epochs": 4}, {"learning_rate": 2e-3}])
+@pytest.mark.parametrize("schedule", ["onecycle", "plateau"])
+def test_a_cycle_cannot_be_laid_out_anew(schedule: str, change: dict[str, Any], tiny_cfg: Config) -> None:
+    """Half of one cycle and half of another is neither; on a plateau there is no plan to break."""
+    cfg = replace(tiny_cfg, schedule=schedule, epochs=2)
+    fit(cfg)
+    before = Path(cfg.run_dir, "last.pth").read_bytes()
+    resumed = replace(cfg, resume=True, **change)
+    if schedule == "plateau":
+        assert fit(resumed)["epochs"] == resumed.epochs
+        return
+    ((name, value),) = change.items()
+    with pytest.raises(UserError, match=f"another run: {name}: {getattr(cfg, name)} -> {value}$") as error:
+        fit(resumed)
+    assert error.value.code == 2
+    assert Path(cfg.run_dir, "last.pth").read_bytes() == before
+
+
+def test_resume_cannot_change_the_schedule(tiny_cfg: Config) -> None:
+    """The state of one means nothing to the other."""
+    cfg = replace(tiny_cfg, epochs=2)
+    fit(cfg)
+    with pytest.raises(UserError, match="schedule: 'plateau' -> 'onecycle'"):
+        fit(replace(cfg, resume=True, schedule="onecycle"))
+
+
+@pytest.fixture
 def default_signals() -> Iterator[None]:
     """A shell's background job ignores Ctrl-C, and so would the children that the tests start in one."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -371,10 +436,11 @@ def test_resume_without_a_run_is_refused(tiny_cfg: Config, capfd: pytest.Capture
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"n_mfcc": 20}, "n_mfcc: 40 -> 20"),
+        ({"n_mfcc": 20}, f"n_mfcc: {Config().n_mfcc} -> 20"),
         ({"duration": 2.0}, r"duration: 3\.0 -> 2\.0"),
         ({"gru_hidden": 16}, "gru_hidden: 8 -> 16"),
-        ({"conv_blocks": 2, "gru_layers": 1}, "conv_blocks: 3 -> 2; gru_layers: 2 -> 1"),
+        ({"conv_blocks": 8, "gru_layers": 9}, r"conv_blocks: \d -> 8; gru_layers: \d -> 9"),
+        ({"conv_kernel": 9}, r"conv_kernel: \d -> 9"),
         ({"seed": 5}, "seed: 0 -> 5.*; clips"),
         ({"val_fraction": 0.5}, r"val_fraction: 0\.25 -> 0\.5.*; clips"),
     ],
@@ -450,16 +516,16 @@ def test_resume_takes_new_training_settings(tiny_cfg: Config, capfd: pytest.Capt
     fit(replace(tiny_cfg, epochs=2))
     capfd.readouterr()
     changed = replace(
-        tiny_cfg, resume=True, epochs=4, learning_rate=2e-4, weight_decay=0.5, patience=7, lr_factor=0.1
+        tiny_cfg, resume=True, epochs=4, learning_rate=2e-4, weight_decay=0.5, patience=77, lr_factor=0.1
     )
     fit(changed)
     errors = capfd.readouterr().err
-    for note in ("epochs: 2 -> 4", "learning_rate: 0.001 -> 0.0002", "patience: 10 -> 7"):
+    for note in ("epochs: 2 -> 4", "learning_rate: 0.001 -> 0.0002", f"patience: {Config().patience} -> 77"):
         assert f"note: resuming with another {note}" in errors
     assert [float(row["learning_rate"]) for row in history(tiny_cfg)] == [1e-3, 1e-3, 2e-4, 2e-4]
     state = last(tiny_cfg).training
     assert state["optimizer"]["param_groups"][0]["weight_decay"] == 0.5
-    assert (state["stopping"]["patience"], state["scheduler"]["factor"]) == (7, 0.1)
+    assert (state["stopping"]["patience"], state["scheduler"]["factor"]) == (77, 0.1)
     assert last(tiny_cfg).config.learning_rate == 2e-4
 
 
@@ -477,6 +543,157 @@ def test_resume_of_a_finished_run_reports_again(tiny_cfg: Config) -> None:
     after = fit(replace(tiny_cfg, resume=True))
     for name in ("epochs", "best_epoch", "val", "holdout", "split"):
         assert json.dumps(after[name]) == json.dumps(before[name])
+
+
+# ---- one step -------------------------------------------------------------------------------------------
+
+
+def loss_of(run: Run) -> Tensor:
+    """What a network in training makes of six random clips."""
+    features = torch.randn(6, 120, 20, generator=torch.Generator().manual_seed(run.n_steps))
+    return nn.functional.cross_entropy(run.model.train()(features), torch.arange(6) % 2)
+
+
+def state(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of its weights and buffers."""
+    return {name: value.clone() for name, value in network.state_dict().items()}
+
+
+def test_average_of_three_steps_by_hand(tiny_cfg: Config) -> None:
+    """It forgets faster while it is young; what batch norm has seen is averaged too, and counters copied."""
+    run = started(replace(tiny_cfg, ema_decay=0.28))
+    mean = {name: value.double() for name, value in state(run.average).items()}
+    for decay in (2 / 11, 3 / 12, 0.28):  # the third would be 4 / 13
+        run.learn(loss_of(run))
+        mean = {name: decay * mean[name] + (1 - decay) * value for name, value in state(run.model).items()}
+    average = state(run.average)
+    for name, value in average.items():
+        if value.is_floating_point():
+            torch.testing.assert_close(value.double(), mean[name], rtol=1e-5, atol=1e-7)
+        else:
+            assert value == 3
+    moving = {"conv.0.0.weight", "gru.bias_hh_l0", "conv.0.1.running_mean", "head.2.running_var"}
+    assert all(not torch.equal(average[name], run.model.state_dict()[name]) for name in moving)
+
+
+def test_without_decay_the_average_is_the_network(tiny_cfg: Config) -> None:
+    """After every step, to the last bit; yet it is a copy."""
+    run = started(replace(tiny_cfg, ema_decay=0))
+    for _ in range(3):
+        run.learn(loss_of(run))
+        assert same(state(run.average), state(run.model))
+    assert all(
+        one.data_ptr() != other.data_ptr()
+        for one, other in zip(run.average.parameters(), run.model.parameters(), strict=True)
+    )
+
+
+def test_the_average_is_validated_and_saved(tiny_cfg: Config) -> None:
+    """A score of one network with the weights of another would promise what the file does not hold."""
+    cfg = replace(tiny_cfg, epochs=1, ema_decay=0.9)
+    metrics = fit(cfg)
+    assert same(best(cfg).weights, last(cfg).training["average"])
+    assert not same(best(cfg).weights, last(cfg).weights)
+    assert float(history(cfg)[0]["val_loss"]) == metrics["val"]["loss"]
+
+
+def test_weight_decay_shrinks_matrices_alone(tiny_cfg: Config) -> None:
+    """Biases and the scales of batch norm are left alone; without a slope nothing else moves."""
+    run = started(replace(tiny_cfg, learning_rate=0.1, weight_decay=0.5))
+    with torch.no_grad():
+        for parameter in run.model.parameters():
+            parameter.add_(1)  # biases of batch norm begin at 0, and cannot shrink
+    before = state(run.model)
+    run.learn(sum((0 * parameter).sum() for parameter in run.model.parameters()))  # type: ignore[arg-type]
+    for name, parameter in run.model.named_parameters():
+        share = 1 - 0.1 * 0.5 if parameter.ndim > 1 else 1
+        torch.testing.assert_close(parameter.detach(), share * before[name])
+
+
+@pytest.mark.parametrize("slope", [1e-4, 10.0])
+def test_only_a_long_gradient_is_shortened(slope: float, tiny_cfg: Config) -> None:
+    """One bad batch must not throw the weights far away; its direction stays."""
+    run = started(tiny_cfg)
+    run.learn(slope * sum(parameter.sum() for parameter in run.model.parameters()))  # type: ignore[arg-type]
+    gradient = torch.cat([parameter.grad.ravel() for parameter in run.model.parameters()])  # type: ignore[union-attr]
+    length = min(slope * math.sqrt(len(gradient)), train.MAX_GRADIENT)
+    assert (length < train.MAX_GRADIENT) == (slope < 1)
+    torch.testing.assert_close(
+        gradient, torch.full_like(gradient, length / math.sqrt(len(gradient))), rtol=1e-4, atol=0
+    )
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5])
+def test_shortest_cycles(epochs: int, tiny_cfg: Config) -> None:
+    """One batch per epoch: of a cycle of four steps torch divided by zero."""
+    metrics = fit(replace(tiny_cfg, schedule="onecycle", batch_size=64, epochs=epochs))
+    assert metrics["epochs"] == epochs
+
+
+def test_a_cycle_of_other_steps_is_not_resumed(tiny_cfg: Config) -> None:
+    """Another batch size has more steps than the schedule was laid out for, which was a traceback."""
+    cfg = replace(tiny_cfg, schedule="onecycle", epochs=4)
+    fit(cfg)
+    with pytest.raises(UserError, match=r"steps of the schedule: 12 -> 20"):
+        fit(replace(cfg, batch_size=2, resume=True))
+
+
+def test_history_has_the_rate_of_the_start(tiny_cfg: Config) -> None:
+    """That after the last step belongs to no step."""
+    cfg = replace(tiny_cfg, schedule="onecycle", epochs=3, learning_rate=1e-3)
+    fit(cfg)
+    rates = [float(row["learning_rate"]) for row in history(cfg)]
+    assert rates[0] == pytest.approx(1e-4)
+    assert max(rates) <= 1e-3
+    assert rates[-1] < rates[-2]
+
+
+def test_one_cycle_of_the_rate(onecycle_cfg: Config) -> None:
+    """Up for the first quarter of all steps, then down to nearly nothing, none left over."""
+    run = started(replace(onecycle_cfg, epochs=8))
+    n_steps, rates = 8 * 3, []  # ten clips in batches of four
+    for _ in range(n_steps):
+        rates.append(run.optimizer.param_groups[0]["lr"])
+        run.learn(loss_of(run))
+    top, peak = rates.index(max(rates)), onecycle_cfg.learning_rate
+    assert top == n_steps // 4 - 1
+    assert rates[0] == pytest.approx(peak / 10)
+    assert rates[top] == pytest.approx(peak)
+    assert rates[: top + 1] == sorted(rates[: top + 1])
+    assert rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[-1] < peak / 500
+    assert all(group["lr"] == run.optimizer.param_groups[0]["lr"] for group in run.optimizer.param_groups)
+
+
+def test_a_run_goes_through_the_whole_cycle(onecycle_cfg: Config) -> None:
+    """The plan is made for the batches that there are: 3 of 10 clips, and early stopping does not come."""
+    fit(onecycle_cfg)
+    state = last(onecycle_cfg).training
+    assert state["n_steps"] == state["scheduler"]["total_steps"] == 6 * 3
+
+
+def test_training_loss_is_weighted_and_smoothed(
+    tiny_cfg: Config, tone_corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both by hand: a share of the target goes to all classes, and a rare class counts for more."""
+    for number in range(4):
+        (tone_corpus / "Low" / f"{number}.wav").unlink()
+    criteria: list[nn.Module] = []
+
+    def watched(*args: Any, **kwargs: Any) -> Outcome:
+        criteria.append(args[2])
+        return run_epoch(*args, **kwargs)
+
+    monkeypatch.setattr(train, "run_epoch", watched)
+    cfg = replace(tiny_cfg, epochs=1, label_smoothing=0.2, holdout_fraction=0)
+    fit(cfg)
+    n_clips = np.array(list(best(cfg).n_clips.values()))  # High, Low
+    assert n_clips[0] > n_clips[1]
+    weights = n_clips.sum() / (2 * n_clips)
+    logits, targets = torch.tensor([[2.0, -1.0], [0.5, 1.0], [-3.0, 0.0]]), torch.tensor([0, 0, 1])
+    surprise = -logits.double().log_softmax(dim=1).numpy() * weights  # (3, 2)
+    expected = 0.8 * surprise[np.arange(3), targets].sum() + 0.2 * surprise.sum() / 2
+    assert float(criteria[0](logits, targets)) == pytest.approx(expected / weights[targets].sum(), rel=1e-5)
 
 
 # ---- weights and scores ---------------------------------------------------------------------------------
@@ -516,7 +733,7 @@ def test_scores_by_hand() -> None:
     """Three true classes and one that does not occur: it counts for nothing unless it is predicted."""
     confusion = np.array([[3, 1, 0, 0], [0, 2, 2, 0], [0, 0, 2, 0], [0, 0, 0, 0]])
     true, predicted = np.repeat(np.argwhere(confusion >= 0), confusion.ravel(), axis=0).T
-    scores = Scores.of(Outcome(0.0, predicted, true), 4)
+    scores = Scores.of(outcome_of(predicted, true, 4), 4)
     np.testing.assert_array_equal(scores.confusion, confusion)
     assert scores.accuracy == pytest.approx(7 / 10)
     np.testing.assert_allclose(scores.recall, [3 / 4, 2 / 4, 1, np.nan], rtol=1e-6)
@@ -557,21 +774,16 @@ def test_early_stopping(values: list[float], improved: str, over_after: int | No
 def started(cfg: Config) -> Run:
     """A run before its first epoch."""
     corpus = load_corpus(cfg)
-    split = split_clips(
-        corpus.targets,
-        corpus.prepared.digests,
-        val_fraction=cfg.val_fraction,
-        holdout_fraction=cfg.holdout_fraction,
-        seed=cfg.seed,
-    )
-    return Run.start(cfg, corpus, split, torch.device("cpu"))
+    split = split_corpus(corpus, cfg)
+    n_batches = len(make_loader(corpus, split.train, cfg.batch_size, shuffle=True))
+    return Run.start(cfg, corpus, split, torch.device("cpu"), n_batches)
 
 
 def finish_epoch(run: Run, n_right: int) -> bool:
     """Pretend an epoch with `n_right` of ten validation clips right."""
     targets = np.arange(10) % 2
     predictions = np.where(np.arange(10) < n_right, targets, 1 - targets)
-    return run.finish_epoch(Outcome(1.0, targets, targets), Outcome(1.0, predictions, targets), 0.0)
+    return run.finish_epoch(outcome_of(targets, targets), outcome_of(predictions, targets), 0.0)
 
 
 @pytest.mark.parametrize(
@@ -596,7 +808,7 @@ def test_best_epoch_is_the_first_of_equals(tiny_cfg: Config) -> None:
     """And its weights are kept as they were, while the network trains on."""
     run = started(tiny_cfg)
     for count in (5, 8, 8, 6):
-        run.model.mean.fill_(len(run.history) + 1)
+        run.average.mean.fill_(len(run.history) + 1)
         finish_epoch(run, count)
     assert run.best is not None
     assert (run.best.epoch, run.best.scores["accuracy"]) == (2, 0.8)
@@ -617,9 +829,7 @@ def test_statistics_come_from_training_clips_alone(tiny_cfg: Config) -> None:
     """The mean in the network is that of the clips trained on, computed anew from the files."""
     run = started(tiny_cfg)
     corpus = load_corpus(tiny_cfg)
-    split = split_clips(
-        corpus.targets, corpus.prepared.digests, val_fraction=0.25, holdout_fraction=0.125, seed=0
-    )
+    split = split_corpus(corpus, tiny_cfg)
     features = np.stack([extract_file(clip.path, tiny_cfg).features for clip in corpus.clips])
     trained_on = features[split.train].astype(np.float64)
     mean, std = trained_on.mean(axis=(0, 2)), np.sqrt(trained_on.var(axis=(0, 2)).mean())
@@ -634,7 +844,7 @@ def test_holdout_is_looked_at_once_and_last(tiny_cfg: Config, monkeypatch: pytes
 
     def watched(*args: Any, **kwargs: Any) -> Outcome:
         loader: DataLoader[Any] = args[1]
-        passes.append((frozenset(loader.dataset.indices.tolist()), kwargs.get("optimizer") is not None))
+        passes.append((frozenset(loader.dataset.indices.tolist()), kwargs.get("learn") is not None))
         return run_epoch(*args, **kwargs)
 
     monkeypatch.setattr(train, "run_epoch", watched)
@@ -651,6 +861,105 @@ def test_without_holdout_every_other_clip_is_trained_on(tiny_cfg: Config) -> Non
     metrics = fit(replace(tiny_cfg, epochs=1, holdout_fraction=0))
     assert "holdout" not in metrics
     assert sum(best(tiny_cfg).n_clips.values()) == 12
+
+
+# ---- intervals, calibration, cross-validation -----------------------------------------------------------
+
+
+def test_interval_of_independent_clips_is_binomial(rng: np.random.Generator) -> None:
+    """Unknown speakers: each clip stands for itself."""
+    targets = np.zeros(400, np.int64)
+    predictions = (rng.random(400) < 0.3).astype(np.int64)
+    low, high = bootstrap(outcome_of(predictions, targets), [""] * 400)["accuracy"]
+    accuracy = (predictions == 0).mean()
+    half = 1.96 * math.sqrt(accuracy * (1 - accuracy) / 400)
+    assert (low, high) == (
+        pytest.approx(accuracy - half, abs=0.012),
+        pytest.approx(accuracy + half, abs=0.012),
+    )
+
+
+def test_interval_knows_that_clips_of_a_speaker_go_together() -> None:
+    """Ten speakers, each all right or all wrong: forty clips of one tell no more than one."""
+    targets = np.zeros(400, np.int64)
+    predictions = np.repeat(np.arange(10) % 2, 40)
+    by_speaker = bootstrap(outcome_of(predictions, targets), [str(k // 40) for k in range(400)])["accuracy"]
+    low, high = by_speaker
+    half = 1.96 * math.sqrt(0.25 / 10)
+    assert (low, high) == (pytest.approx(0.5 - half, abs=0.11), pytest.approx(0.5 + half, abs=0.11))
+
+
+def test_intervals_hold_every_score(rng: np.random.Generator) -> None:
+    """And do not change from call to call."""
+    targets = rng.integers(3, size=90)
+    outcome = outcome_of(rng.integers(3, size=90), targets, 3)
+    summary = Scores.of(outcome, 3).summary()
+    intervals = bootstrap(outcome, [str(k % 9) for k in range(90)])
+    assert intervals.keys() == summary.keys()
+    for name, (low, high) in intervals.items():
+        assert low < summary[name] < high
+    assert intervals == bootstrap(outcome, [str(k % 9) for k in range(90)])
+
+
+def test_calibration_error_of_known_cases() -> None:
+    """Ten clips predicted at 0.8 of which six are right; as many at 0.95 that all are."""
+    probabilities = np.array([[0.8, 0.2]] * 10 + [[0.95, 0.05]] * 10, np.float32)
+    targets = np.array([0] * 6 + [1] * 4 + [0] * 10)
+    error = calibration_error(Outcome(0.0, probabilities, targets))
+    assert error == pytest.approx((10 * 0.2 + 10 * 0.05) / 20)
+    certain = outcome_of(targets, targets)
+    assert calibration_error(certain) == 0
+
+
+def test_folds_pool_every_clip(tiny_cfg: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """The pooled predictions are each fold's own, and the pooled accuracy is theirs."""
+    cfg = replace(tiny_cfg, folds=3, epochs=2)
+    assert main(flags(cfg)) == 0
+    out = capsys.readouterr().out
+    assert "fold 3 of 3" in out
+    run_dir = Path(cfg.run_dir)
+    metrics = json.loads((run_dir / "metrics.json").read_text())
+    with (run_dir / "predictions.csv").open(newline="") as file:
+        pooled = {row["filename"]: row for row in csv.DictReader(file)}
+    assert len(pooled) == 16
+    seen: list[str] = []
+    for fold in range(1, 4):
+        with (run_dir / f"fold{fold}" / "predictions.csv").open(newline="") as file:
+            for row in csv.DictReader(file):
+                assert pooled[row["filename"]] == row
+                seen.append(row["filename"])
+        own = json.loads((run_dir / f"fold{fold}" / "metrics.json").read_text())
+        assert metrics["folds"][fold - 1]["accuracy"] == own["holdout"]["accuracy"]
+        assert load_checkpoint(run_dir / f"fold{fold}" / "best.pth").epoch == own["best_epoch"]
+    assert sorted(seen) == sorted(pooled)
+    right = sum(row["emotion"] == row["predicted"] for row in pooled.values())
+    assert metrics["pooled"]["accuracy"] == pytest.approx(right / 16)
+    accuracies = [fold["accuracy"] for fold in metrics["folds"]]
+    assert metrics["spread"]["accuracy"] == pytest.approx([np.mean(accuracies), np.std(accuracies, ddof=1)])
+    assert not Path(cfg.checkpoint).exists()  # it is no model of all the data
+
+
+def test_interrupted_folds_resume(tiny_cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Folds that are done are not trained again, and the end is that of an undisturbed run."""
+    cfg = replace(tiny_cfg, folds=2, epochs=2)
+    straight = in_folder(cfg, tmp_path / "straight")
+    assert main(flags(straight)) == 0
+    calls = 0
+
+    def stop_in_second_fold(*args: Any, **kwargs: Any) -> Outcome:
+        nonlocal calls
+        calls += 1
+        if calls == 7:  # 2 epochs of training and validation, 2 reports, and the second fold begins
+            raise Interrupted(signal.SIGINT)
+        return run_epoch(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "run_epoch", stop_in_second_fold)
+        assert main(flags(cfg)) == 130
+    assert main([*flags(cfg), "--resume"]) == 0
+    names = ("pooled", "folds", "spread")
+    one, other = (json.loads(Path(c.run_dir, "metrics.json").read_text()) for c in (cfg, straight))
+    assert {name: one[name] for name in names} == {name: other[name] for name in names}
 
 
 # ---- what a run leaves ----------------------------------------------------------------------------------
@@ -681,6 +990,28 @@ def test_files_of_a_run_agree(tiny_cfg: Config, monkeypatch: pytest.MonkeyPatch)
     assert not list(folder.parent.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize(("holdout_fraction", "n_clips"), [(0.25, 4), (0, 4)])
+def test_predictions_of_the_clips_held_out(holdout_fraction: float, n_clips: int, tiny_cfg: Config) -> None:
+    """One row each, with the probability of every class; without held-out clips, those of validation."""
+    cfg = replace(tiny_cfg, epochs=2, holdout_fraction=holdout_fraction)
+    metrics = fit(cfg)
+    corpus = load_corpus(cfg)
+    split = split_corpus(corpus, cfg)
+    with Path(cfg.run_dir, "predictions.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    wanted = [corpus.clips[index] for index in (split.holdout if holdout_fraction else split.val)]
+    assert [row["filename"] for row in rows] == [str(clip.path) for clip in wanted]
+    assert [row["emotion"] for row in rows] == [corpus.labels[clip.label] for clip in wanted]
+    assert len(rows) == n_clips
+    for row in rows:
+        assert list(row) == ["filename", "emotion", "predicted", "High", "Low"]
+        shares = {label: float(row[label]) for label in corpus.labels}
+        assert sum(shares.values()) == pytest.approx(1, abs=1e-3)
+        assert shares[row["predicted"]] == max(shares.values())
+    right = np.mean([row["emotion"] == row["predicted"] for row in rows])
+    assert metrics["holdout" if holdout_fraction else "val"]["accuracy"] == pytest.approx(right)
+
+
 def test_metrics_are_strict_json(tiny_cfg: Config) -> None:
     """A class never predicted has no precision; NaN, as Python writes it, is no JSON to others."""
 
@@ -698,8 +1029,11 @@ def test_piped_output_is_plain_lines(tiny_cfg: Config, capfd: pytest.CaptureFixt
     assert "\r" not in out + err
     assert [line.split()[1] for line in out.splitlines() if line.startswith("epoch")] == ["1/3", "2/3", "3/3"]
     assert "epoch" not in err
-    assert "validation clips (they chose the epoch, so that this flatters): accuracy" in out
-    assert "held-out clips (scored once: the score to quote): accuracy" in out
+    assert "\nvalidation clips (they chose the epoch, so that this flatters)\naccuracy " in out
+    assert "\nheld-out clips (scored once: the score to quote)\naccuracy " in out
+    assert re.search(
+        r"unweighted average recall \d+\.\d% \[\d+\.\d%, \d+\.\d%\].*, calibration error \d", out
+    )
 
 
 def test_scores_per_corpus(tiny_cfg: Config, tone_corpus: Path) -> None:
