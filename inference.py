@@ -240,15 +240,12 @@ def label_paths(
     return 1 if failures else 0
 
 
-# ---- the script -----------------------------------------------------------------------------------------
+def label(runtime: Config, paths: Sequence[str]) -> int:
+    """Do what main was asked for; return its exit code.
 
-
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    """Label a test folder for a submission, or the files named."""
-    runtime, paths = parse_runtime_config(argv, description=__doc__)
-    # The cores belong to the workers; and for one clip, starting more threads takes longer than the work.
-    torch.set_num_threads(1)
+    Raises:
+        UserError: Checkpoint, settings or clips do not allow it.
+    """
     checkpoint = load_checkpoint(Path(runtime.checkpoint))
     cfg = checkpoint.config.with_runtime(runtime)
     if checkpoint.epoch == 0:
@@ -264,6 +261,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if paths:
         return label_paths(paths, checkpoint, model, cfg, device)
     return submit(checkpoint, model, cfg, device)
+
+
+# ---- the script -----------------------------------------------------------------------------------------
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Label a test folder for a submission, or the files named."""
+    runtime, paths = parse_runtime_config(argv, description=__doc__)
+    # The cores belong to the workers; and for one clip, starting more threads takes longer than the work.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return label(runtime, paths)
+    finally:
+        torch.set_num_threads(threads)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+import torch
 
 import inference
 import train
@@ -570,3 +571,15 @@ def test_other_test_folder_has_a_sample_of_its_own(clips: Path, capfd: pytest.Ca
     Path("other/sample_submission.csv").write_text(sample_of(["78.wav"]))
     assert main(arguments) == 1
     assert "78.wav" in capfd.readouterr().err
+
+
+@pytest.mark.usefixtures("home")
+def test_threads_are_given_back() -> None:
+    """It works with one, and whoever trains next in this process wants all of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert main(["no_such_clip.wav"]) == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)
