@@ -188,6 +188,8 @@ def test_flags_in_the_readme_exist() -> None:
     """Whether in a command or in a sentence."""
     known = {f"--{field.name}" for field in fields(Config)} | {"--help"}
     known |= {f"--no-{field.name}" for field in fields(Config) if field.type is bool}
+    known |= set(re.findall(r'add_argument\("(--\w+)"', (REPO / "tests" / "benchmark.py").read_text()))
+    known |= {"--nproc_per_node"}  # torchrun's
     text = re.sub(r"<!--.*?-->", "", readme(), flags=re.DOTALL)
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))
     assert mentioned
