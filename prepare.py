@@ -826,26 +826,19 @@ def split_corpus(corpus: Corpus, cfg: Config, fold: int = 0) -> Split:
         UserError: Parts would be too small, or a speaker is not known.
     """
     n_clips = len(corpus.clips)
-    if cfg.split == "speaker":
-        part_of_clip = assign_speakers(
-            corpus.sources,
-            corpus.prepared.digests,
-            val_fraction=cfg.val_fraction,
-            holdout_fraction=cfg.holdout_fraction,
-            seed=cfg.seed,
-            fold=fold,
-            n_folds=cfg.folds,
-        )
-    else:
-        part_of_clip = assign_clips(
-            corpus.targets,
-            corpus.prepared.digests,
-            val_fraction=cfg.val_fraction,
-            holdout_fraction=cfg.holdout_fraction,
-            seed=cfg.seed,
-            fold=fold,
-            n_folds=cfg.folds,
-        )
+    assign = (
+        functools.partial(assign_speakers, corpus.sources)
+        if cfg.split == "speaker"
+        else functools.partial(assign_clips, corpus.targets)
+    )
+    part_of_clip = assign(
+        corpus.prepared.digests,
+        val_fraction=cfg.val_fraction,
+        holdout_fraction=cfg.holdout_fraction,
+        seed=cfg.seed,
+        fold=fold,
+        n_folds=cfg.folds,
+    )
     split = Split(*(np.flatnonzero(part_of_clip == part) for part in range(3)))
     if len(split.train) < 2:
         raise UserError(
