@@ -840,12 +840,14 @@ def split_corpus(corpus: Corpus, cfg: Config, fold: int = 0) -> Split:
         n_folds=cfg.folds,
     )
     split = Split(*(np.flatnonzero(part_of_clip == part) for part in range(3)))
+    if cfg.folds and (len(split.train) < 2 or not len(split.holdout)):
+        raise UserError(f"folds = {cfg.folds}: too many for these {n_clips} clips: lower it")
     if len(split.train) < 2:
         raise UserError(
             f"val_fraction = {cfg.val_fraction}, holdout_fraction = {cfg.holdout_fraction}: leave "
             f"{len(split.train)} of {n_clips} clips for training: lower them or add clips"
         )
-    if cfg.val_fraction and len(split.val) < len(corpus.labels):
+    if len(split.val) < len(corpus.labels):
         raise UserError(
             f"val_fraction = {cfg.val_fraction}: leaves {len(split.val)} of {n_clips} clips for validation, "
             f"fewer than the {len(corpus.labels)} classes: raise it or add clips"

@@ -492,13 +492,14 @@ class Run:
         state = last.training
         if not state:
             raise UserError(f"{path} is a finished model, not a run that can be resumed")
-        planned = state["scheduler"].get("total_steps")
+        planned = state["scheduler"].get("total_steps")  # None on a plateau
+        steps = getattr(self.scheduler, "total_steps", None)
         laid_out = {"epochs", "learning_rate"} if cfg.schedule == "onecycle" else set()  # by the schedule
         differences = last.config.differences(cfg, ignore=RESUMABLE_FIELDS - laid_out)
         if last.files != self.last.files or last.labels != self.last.labels:
             differences.append("clips: not the same files, classes or split")
-        if not differences and planned != getattr(self.scheduler, "total_steps", planned):
-            differences.append(f"steps of the schedule: {planned} -> {self.scheduler.total_steps}")  # type: ignore[union-attr]
+        if not differences and planned != steps:
+            differences.append(f"steps of the schedule: {planned} -> {steps}")
         if differences:
             raise UserError(f"cannot resume {path}, which was another run: {'; '.join(differences)}")
         for difference in last.config.differences(cfg, ignore=RUNTIME_FIELDS - {"batch_size"}):
@@ -985,6 +986,9 @@ def cross_validate(cfg: Config, team: Team = _ALONE) -> None:
         Interrupted: As fit.
     """
     run_dir = Path(cfg.run_dir)
+    corpus = load_corpus(cfg)
+    for fold in range(cfg.folds):  # a fold that cannot be is told now, and not after hours of others
+        split_corpus(corpus, cfg, fold)
     rows: list[dict[str, Any]] = []
     for fold in range(cfg.folds):
         home = run_dir / f"fold{fold + 1}"
@@ -994,7 +998,6 @@ def cross_validate(cfg: Config, team: Team = _ALONE) -> None:
         rows.append(fit(own, team, fold=fold))
     if not team.leads:
         return
-    corpus, _ = load_data(cfg)
     report = pool_folds(
         [run_dir / f"fold{fold + 1}" / "predictions.csv" for fold in range(cfg.folds)], corpus
     )

@@ -1438,6 +1438,16 @@ def test_unknown_speakers_cannot_be_split() -> None:
         split_corpus(corpus, Config(split="speaker"))
 
 
+@pytest.mark.parametrize("fold", [0, 48])
+def test_more_folds_than_speakers(fold: int) -> None:
+    """There are 48: a fold without a clip to score was a KeyError after its training."""
+    if fold < 48:
+        assert len(by_speaker(fold=fold, folds=49)[2]) == 1
+    else:
+        with pytest.raises(UserError, match="folds = 49: too many"):
+            by_speaker(fold=fold, folds=49)
+
+
 @pytest.mark.parametrize("n_folds", [2, 5])
 def test_every_clip_is_held_out_once(n_folds: int) -> None:
     """In each class evenly, audio kept together, and validation clips taken from the rest."""

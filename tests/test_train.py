@@ -939,6 +939,15 @@ def test_folds_pool_every_clip(tiny_cfg: Config, capsys: pytest.CaptureFixture[s
     assert not Path(cfg.checkpoint).exists()  # it is no model of all the data
 
 
+def test_impossible_fold_is_told_before_any_training(
+    tiny_cfg: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Sixteen clips fill no seventeen folds; the first ones could have been trained in vain."""
+    assert main(flags(replace(tiny_cfg, folds=17))) == 2
+    assert "error: folds = 17: too many for these 16 clips" in capsys.readouterr().err
+    assert list(Path(tiny_cfg.run_dir).iterdir()) == [Path(tiny_cfg.run_dir, "lock")]
+
+
 def test_interrupted_folds_resume(tiny_cfg: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Folds that are done are not trained again, and the end is that of an undisturbed run."""
     cfg = replace(tiny_cfg, folds=2, epochs=2)
