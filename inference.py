@@ -50,7 +50,7 @@ def find_test_clips(test_dir: Path) -> list[Path]:
     """
     if not test_dir.is_dir():
         raise UserError(f"no test folder {test_dir}: pass --test_dir DIR, or name files to label")
-    paths = sorted(find_audio(test_dir), key=_natural_key)
+    paths = sorted(map(Path, find_audio(test_dir)), key=_natural_key)
     if not paths:
         raise UserError(f"no audio files below {test_dir}")
     counts = Counter(path.name for path in paths)
@@ -75,7 +75,7 @@ def expand_paths(arguments: Sequence[str]) -> list[Path]:
         # Path.glob refuses absolute patterns.
         matches = [argument] if Path(argument).exists() else sorted(glob.glob(argument, recursive=True))  # noqa: PTH207
         for match in map(Path, matches):
-            paths += sorted(find_audio(match), key=_natural_key) if match.is_dir() else [match]
+            paths += sorted(map(Path, find_audio(match)), key=_natural_key) if match.is_dir() else [match]
         if not matches:
             raise UserError(f"{argument}: no such file or folder")
     if not paths:

@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import contextlib
 import csv
 import functools
+import gc
 import hashlib
 import inspect
 import json
@@ -28,8 +29,9 @@ import tempfile
 import threading
 import uuid
 import zlib
-from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from array import array
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -58,7 +60,7 @@ FOREIGN_SUFFIXES = frozenset({".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", "
 class Clip(NamedTuple):
     """One labelled audio file."""
 
-    path: Path
+    path: str  # a million Path objects would take half a gigabyte
     label: int  # index into the sorted class names
 
 
@@ -74,18 +76,18 @@ class AudioError(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def find_audio(folder: Path) -> list[Path]:
+def find_audio(folder: Path) -> list[str]:
     """List the audio files at any depth below a folder, sorted, without hidden files and linked folders.
 
     Files in formats that cannot be decoded are listed too, so that they are reported and not overlooked.
     """
-    found: list[Path] = []
+    known = AUDIO_SUFFIXES | FOREIGN_SUFFIXES
+    found: list[str] = []
     for parent, folders, files in os.walk(folder, onerror=lambda error: say(f"skipped {error}")):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(
-        (p for p in found if p.suffix.lower() in AUDIO_SUFFIXES | FOREIGN_SUFFIXES), key=Path.as_posix
-    )
+        audio = [name for name in files if name[name.rfind(".") :].lower() in known and name[0] != "."]
+        found += [f"{parent}{os.sep}{name}" for name in audio]
+    return sorted(found, key=lambda path: path.replace(os.sep, "/"))
 
 
 def find_labels(data_dir: Path, *, skip: Path | None = None) -> tuple[str, ...]:
@@ -135,16 +137,20 @@ _NAMING = {  # corpus -> file-name convention; its only group is the speaker
 _ANY_NAMING = re.compile("|".join(_NAMING.values()))
 
 
-def source_of(path: Path) -> Source:
+def source_of(path: str | Path) -> Source:
     """Corpus and speaker by the naming conventions of the common corpora; ("other", "") where none fits.
 
     The actors of RAVDESS both speak and sing: they have one name in both parts.
     """
-    match = _ANY_NAMING.fullmatch(path.name.rpartition(".")[0])
+    name = os.fspath(path).rpartition(os.sep)[2].rpartition(".")[0]
+    match = _ANY_NAMING.fullmatch(name)
     if not (match and match.lastindex):
-        return Source("other", "")
+        return _share_source("other", "")
     corpus = list(_NAMING)[match.lastindex - 1]
-    return Source(corpus, f"{corpus.split()[0]} {match[match.lastindex]}")
+    return _share_source(corpus, f"{corpus.split()[0]} {match[match.lastindex]}")
+
+
+_share_source = functools.lru_cache(Source)  # one object for all clips of a speaker
 
 
 # ---- audio ----------------------------------------------------------------------------------------------
@@ -405,7 +411,9 @@ def extract_file(path: Path, cfg: Config) -> ClipFeatures:
     return ClipFeatures(path, features, wave.size / cfg.sample_rate, digest)
 
 
-def iter_features(paths: Sequence[Path], cfg: Config) -> Generator[ClipFeatures | AudioError, None, None]:
+def iter_features(
+    paths: Sequence[str | Path], cfg: Config
+) -> Generator[ClipFeatures | AudioError, None, None]:
     """Yield the features of every file, or why there are none, in order; memory does not grow with the files.
 
     A file whose decoder crashes costs itself only: its worker dies, and its chunk is tried again in parts.
@@ -417,7 +425,7 @@ def iter_features(paths: Sequence[Path], cfg: Config) -> Generator[ClipFeatures 
             yield from _extract_chunk(chunk, cfg)
         return
     pool = _make_pool(n_workers)
-    pending: deque[tuple[Sequence[Path], Future[list[ClipFeatures | AudioError]]]] = deque()
+    pending: deque[tuple[Sequence[str | Path], Future[list[ClipFeatures | AudioError]]]] = deque()
     try:
         while chunks or pending:
             try:
@@ -442,24 +450,24 @@ def n_processes(cfg: Config) -> int:
     return cores if cfg.num_workers < 0 else cfg.num_workers
 
 
-def _extract_chunk(paths: Sequence[Path], cfg: Config) -> list[ClipFeatures | AudioError]:
+def _extract_chunk(paths: Sequence[str | Path], cfg: Config) -> list[ClipFeatures | AudioError]:
     results: list[ClipFeatures | AudioError] = []
     for path in paths:
         try:
-            results.append(extract_file(path, cfg))
+            results.append(extract_file(Path(path), cfg))
         except AudioError as error:
             results.append(error)
     return results
 
 
-def _extract_isolated(paths: Sequence[Path], cfg: Config) -> list[ClipFeatures | AudioError]:
+def _extract_isolated(paths: Sequence[str | Path], cfg: Config) -> list[ClipFeatures | AudioError]:
     """Extract in a process of its own, and halve the list until the file that crashes it stands alone."""
     try:
         with _make_pool(1) as pool:
             return pool.submit(_extract_chunk, paths, cfg).result()
     except BrokenProcessPool:
         if len(paths) == 1:
-            return [AudioError(paths[0], "crashed the audio decoder")]
+            return [AudioError(Path(paths[0]), "crashed the audio decoder")]
     middle = len(paths) // 2
     return _extract_isolated(paths[:middle], cfg) + _extract_isolated(paths[middle:], cfg)
 
@@ -473,6 +481,7 @@ def _start_worker() -> None:
     """Leave signals to the parent, use one core, and end with the parent, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()  # or the collector would write to, and so copy, all that the parent has: a list of all files
     torch.set_num_threads(1)  # also since a forked process would wait for threads that only its parent has
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -494,28 +503,17 @@ def _end_with(process: multiprocessing.process.BaseProcess) -> None:
 # of modification: a file that changed is simply not found, and is extracted into a new shard.
 
 SHARD_CLIPS = 4096
-FileState: TypeAlias = tuple[str, int, int]  # absolute path, bytes, nanoseconds
-
-
-class CacheRow(NamedTuple):
-    """Where the features of a file are."""
-
-    shard: Path
-    row: int
-    seconds: float
-    digest: str
 
 
 class FeatureArray:
     """Features of N clips, memory-mapped: an array (N, n_features, n_frames) that may exceed the memory."""
 
-    def __init__(self, rows: Sequence[CacheRow], shape: tuple[int, int]) -> None:
-        """Map the shards that the rows are in."""
-        names = sorted({row.shard for row in rows})
-        self.shape = (len(rows), *shape)
-        self._shards = [np.memmap(name, np.float32, mode="r").reshape(-1, *shape) for name in names]
-        numbers = {name: number for number, name in enumerate(names)}
-        self._where = np.array([(numbers[row.shard], row.row) for row in rows], np.int64).reshape(-1, 2)
+    def __init__(self, shards: Sequence[Path], where: IntArray, shape: tuple[int, int]) -> None:
+        """Map the shards; the clips are at `where`, (N, 2): number of the shard, row in it."""
+        self.shape = (len(where), *shape)
+        used, number = np.unique(where[:, 0], return_inverse=True)
+        self._shards = [np.memmap(shards[k], np.float32, mode="r").reshape(-1, *shape) for k in used]
+        self._where = np.stack([number, where[:, 1]], axis=1)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -561,64 +559,111 @@ class Prepared(NamedTuple):
     failures: list[AudioError]
 
 
-def load_features(paths: Sequence[Path], cfg: Config) -> Prepared:
+def load_features(paths: Sequence[str | Path], cfg: Config) -> Prepared:
     """Features of the files, from the cache where it has them; what it lacks is extracted and added.
 
     Raises:
         OSError: The cache cannot be written.
         UserError: No file can be read.
     """
-    folder = Path(cfg.cache_dir, cache_key(cfg))
-    failures: list[AudioError] = []
-    states: dict[int, FileState] = {}
-    for index, path in enumerate(paths):
-        try:
-            states[index] = _file_state(path)
-        except OSError as error:
-            failures.append(AudioError(path, error.strerror or str(error)))
-    rows, _ = _read_tables(folder, cfg)
-    if not rows.keys() >= set(states.values()):
-        rows, unreadable = _fill_cache(folder, {states[index]: paths[index] for index in states}, cfg)
-        failures += unreadable
-    indices = np.array([index for index, state in states.items() if state in rows], np.int64)
-    if not indices.size:
+    index = CacheIndex(paths, Path(cfg.cache_dir, cache_key(cfg)))
+    failures = index.failures
+    for table, rows in _read_tables(index.folder, cfg):
+        if not isinstance(rows, str):
+            index.take(table.with_suffix(".f32"), rows)
+    if index.missing:
+        failures = failures + _fill_cache(index, cfg)
+    found = np.flatnonzero(index.where[:, 0] >= 0)
+    if not found.size:
         raise UserError(f"none of {len(paths)} audio files can be read: {'; '.join(map(str, failures[:3]))}")
-    found = [rows[states[index]] for index in indices]
-    features = FeatureArray(found, (cfg.n_features, cfg.n_frames))
-    seconds = np.array([row.seconds for row in found], np.float32)
-    return Prepared(indices, features, seconds, [row.digest for row in found], sorted(failures, key=str))
+    features = FeatureArray(index.shards, index.where[found], (cfg.n_features, cfg.n_frames))
+    digests = [index.digests[number] for number in found]
+    return Prepared(found, features, index.seconds[found], digests, sorted(failures, key=str))
 
 
-def _file_state(path: Path) -> FileState:
-    status = path.stat()
-    return str(path.absolute()), status.st_size, status.st_mtime_ns
+class CacheRow(NamedTuple):
+    """What a table says of one row of its shard."""
+
+    path: str  # absolute
+    size: int  # bytes
+    mtime_ns: int
+    seconds: float
+    digest: str
 
 
-def _read_tables(folder: Path, cfg: Config) -> tuple[dict[FileState, CacheRow], list[tuple[Path, str]]]:
-    """What the cache holds, and the tables that cannot be used with the reason."""
-    rows: dict[FileState, CacheRow] = {}
-    damaged: list[tuple[Path, str]] = []
+class CacheIndex:
+    """Where the features of N files are in the cache, as far as they are there.
+
+    In arrays, since an object for each of a million files would take more memory than their features in use.
+    """
+
+    def __init__(self, paths: Sequence[str | Path], folder: Path) -> None:
+        """Note in which state the files are now."""
+        self.paths, self.folder = paths, folder
+        self.failures: list[AudioError] = []  # files that are gone, or out of reach
+        self._sizes, self._times = array("q"), array("q")
+        self._number: dict[str, int] = {}
+        here = str(Path.cwd())
+        for number, path in enumerate(paths):
+            try:
+                status = os.stat(path)  # noqa: PTH116 - to make a Path takes longer than to look at the file
+            except OSError as error:
+                self.failures.append(AudioError(Path(path), error.strerror or str(error)))
+                self._sizes.append(-1)
+                self._times.append(-1)
+            else:
+                self._sizes.append(status.st_size)
+                self._times.append(status.st_mtime_ns)
+                self._number[os.path.join(here, path)] = number  # noqa: PTH118
+        self.forget()
+
+    def forget(self) -> None:
+        """Start anew with the tables: nothing is found yet."""
+        self.shards: list[Path] = []
+        self.where = np.full((len(self.paths), 2), -1, np.int64)  # number of the shard, row in it
+        self.seconds = np.zeros(len(self.paths), np.float32)
+        self.digests = [""] * len(self.paths)
+
+    def take(self, shard: Path, rows: Iterable[CacheRow]) -> None:
+        """Note the rows of a shard that belong to our files as they are now."""
+        for place, row in enumerate(rows):
+            number = self._number.get(row.path)
+            if number is not None and (self._sizes[number], self._times[number]) == (row.size, row.mtime_ns):
+                self.where[number] = len(self.shards), place
+                self.seconds[number], self.digests[number] = row.seconds, row.digest
+        self.shards.append(shard)
+
+    @property
+    def missing(self) -> dict[str, int]:
+        """The files that are not in the cache: absolute path -> number."""
+        return {path: number for path, number in self._number.items() if self.where[number, 0] < 0}
+
+    def row(self, path: str, features: ClipFeatures) -> CacheRow:
+        """What a table shall say of a file; its absolute path says which."""
+        number = self._number[path]
+        return CacheRow(path, self._sizes[number], self._times[number], features.seconds, features.digest)
+
+
+def _read_tables(folder: Path, cfg: Config) -> Iterator[tuple[Path, list[CacheRow] | str]]:
+    """Yield the tables in the cache with what they hold, or why they cannot be used."""
     for table in sorted(folder.glob("*.json")):
         try:
             content = json.loads(table.read_text(encoding="utf-8"))
-            shard = _check_shard(table.with_suffix(".f32"), content, cfg)
-            rows |= {
-                (path, size, mtime_ns): CacheRow(shard, row, seconds, digest)
-                for row, (path, size, mtime_ns, seconds, digest) in enumerate(content["clips"])
-            }
+            _check_shard(table.with_suffix(".f32"), content, cfg)
+            rows = [CacheRow(*row) for row in content["clips"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            damaged.append((table, str(error)))
-    return rows, damaged
+            yield table, str(error)
+        else:
+            yield table, rows
 
 
-def _check_shard(shard: Path, content: Mapping[str, Any], cfg: Config) -> Path:
+def _check_shard(shard: Path, content: Mapping[str, Any], cfg: Config) -> None:
     """Raise ValueError unless the shard is as it was written; its bytes are read only if it was touched."""
     status = shard.stat()
     if status.st_size != 4 * len(content["clips"]) * cfg.n_features * cfg.n_frames:
         raise ValueError(f"{shard.name} has {status.st_size} bytes")
     if status.st_mtime_ns != content["mtime_ns"] and _checksum(shard) != content["crc32"]:
         raise ValueError(f"{shard.name} was changed")
-    return shard
 
 
 def _checksum(path: Path) -> int:
@@ -629,83 +674,83 @@ def _checksum(path: Path) -> int:
     return crc
 
 
-def _fill_cache(
-    folder: Path, wanted: Mapping[FileState, Path], cfg: Config
-) -> tuple[dict[FileState, CacheRow], list[AudioError]]:
+def _fill_cache(index: CacheIndex, cfg: Config) -> list[AudioError]:
     """Extract what the cache lacks, shard by shard; a shard once written stays, whatever comes after."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / "lock")  # of the operating system: it goes with its process
+    index.folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(index.folder / "lock")  # of the operating system: it goes with its process
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
-        say(f"note: another run is filling {folder}: waiting for it")
+        say(f"note: another run is filling {index.folder}: waiting for it")
         lock.acquire()
     failures: list[AudioError] = []
     try:
-        rows = _clean_cache(folder, cfg)
-        missing = [state for state in wanted if state not in rows]
-        with contextlib.closing(iter_features([wanted[state] for state in missing], cfg)) as results:
+        _clean_cache(index, cfg)
+        missing = list(index.missing)
+        with contextlib.closing(
+            iter_features([index.paths[n] for n in index.missing.values()], cfg)
+        ) as results:
             pairs = zip(missing, results, strict=True)
             with tqdm(pairs, "features", len(missing), unit="clip", disable=None) as progress:
                 for _ in range(0, len(missing), SHARD_CLIPS):
-                    failures += _write_shard(folder, islice(progress, SHARD_CLIPS), rows)
+                    failures += _write_shard(index, islice(progress, SHARD_CLIPS))
     finally:
         lock.release()
-    return rows, failures
+    return failures
 
 
-def _clean_cache(folder: Path, cfg: Config) -> dict[FileState, CacheRow]:
-    """Read the tables, and remove what is damaged, half written, or of files that are gone or changed."""
-    rows, damaged = _read_tables(folder, cfg)
-    for table, reason in damaged:
-        say(f"note: cache {table} is damaged ({reason}): its clips are extracted again")
-    live = {row.shard for state, row in rows.items() if _may_be_wanted(state)}
-    for path in folder.iterdir():
-        if path.name != "lock" and path.with_suffix(".f32") not in live:
+def _clean_cache(index: CacheIndex, cfg: Config) -> None:
+    """Read the tables anew; remove what is damaged, half written, or of files that are gone or changed."""
+    index.forget()
+    for table, rows in _read_tables(index.folder, cfg):
+        if isinstance(rows, str):
+            say(f"note: cache {table} is damaged ({rows}): its clips are extracted again")
+        elif any(map(_may_be_wanted, rows)):
+            index.take(table.with_suffix(".f32"), rows)
+    for path in index.folder.iterdir():
+        if path.name != "lock" and path.with_suffix(".f32") not in index.shards:
             with contextlib.suppress(OSError):  # Windows keeps a file that another run has mapped
                 path.unlink()
-    return {state: row for state, row in rows.items() if row.shard in live}
 
 
-def _may_be_wanted(state: FileState) -> bool:
-    path = Path(state[0])
+def _may_be_wanted(row: CacheRow) -> bool:
+    path = Path(row.path)
     try:
-        return _file_state(path) == state
+        status = path.stat()
     except FileNotFoundError:
         return not path.parent.exists()  # a disk that is not mounted today may be so tomorrow
     except OSError:  # not ours to read, perhaps another's
         return True
+    return (status.st_size, status.st_mtime_ns) == (row.size, row.mtime_ns)
 
 
 def _write_shard(
-    folder: Path,
-    results: Iterable[tuple[FileState, ClipFeatures | AudioError]],
-    rows: dict[FileState, CacheRow],
+    index: CacheIndex, results: Iterable[tuple[str, ClipFeatures | AudioError]]
 ) -> list[AudioError]:
-    """Write one shard, its table after it; add its rows to `rows` and return what could not be read."""
-    shard = folder / f"{uuid.uuid4().hex}.f32"
-    clips: list[tuple[str, int, int, float, str]] = []
+    """Write one shard, its table after it; note its rows in the index and return what could not be read."""
+    shard = index.folder / f"{uuid.uuid4().hex}.f32"
+    rows: list[CacheRow] = []
     failures: list[AudioError] = []
     crc = 0
     with shard.open("wb") as file:
-        for state, result in results:
+        for path, result in results:
             if isinstance(result, AudioError):
                 failures.append(result)
                 continue
             content = result.features.tobytes()
             file.write(content)
             crc = zlib.crc32(content, crc)
-            rows[state] = CacheRow(shard, len(clips), result.seconds, result.digest)
-            clips.append((*state, result.seconds, result.digest))
+            rows.append(index.row(path, result))
         file.flush()
         os.fsync(file.fileno())
-    if not clips:
+    if not rows:
         shard.unlink()
         return failures
-    table = {"mtime_ns": shard.stat().st_mtime_ns, "crc32": crc, "clips": clips}
+    table = {"mtime_ns": shard.stat().st_mtime_ns, "crc32": crc, "clips": rows}
     half = shard.with_suffix(".tmp")
     half.write_text(json.dumps(table), encoding="utf-8")
     half.replace(shard.with_suffix(".json"))
+    index.take(shard, rows)
     return failures
 
 
@@ -750,22 +795,23 @@ def load_corpus(cfg: Config) -> Corpus:
             code=1,
         )
     clips = [clips[index] for index in prepared.indices]
-    used = sorted({clip.label for clip in clips})
-    for label in sorted(set(range(len(labels))) - set(used)):
+    used, targets = np.unique([clip.label for clip in clips], return_inverse=True)
+    for label in np.setdiff1d(range(len(labels)), used):
         say(f"note: class folder {cfg.data_root / labels[label]} has no usable clip: left out")
-    clips = [Clip(clip.path, used.index(clip.label)) for clip in clips]
+    if len(used) < len(labels):
+        clips = [Clip(clip.path, int(label)) for clip, label in zip(clips, targets, strict=True)]
     _report_duplicates(clips, prepared.digests)
-    targets = np.array([clip.label for clip in clips], np.int64)
     speakers = read_manifest(Path(cfg.manifest), cfg.data_root) if cfg.manifest and not cfg.demo else {}
     sources = [source_of(clip.path) for clip in clips]
-    sources = [
-        source._replace(speaker=speakers.get(clip.path, source.speaker))
-        for clip, source in zip(clips, sources, strict=True)
-    ]
+    if speakers:
+        sources = [
+            _share_source(source.corpus, speakers.get(clip.path, source.speaker))
+            for clip, source in zip(clips, sources, strict=True)
+        ]
     return Corpus(tuple(labels[label] for label in used), clips, targets, sources, prepared)
 
 
-def read_manifest(path: Path, root: Path) -> dict[Path, str]:
+def read_manifest(path: Path, root: Path) -> dict[str, str]:
     """Speakers by clip, from a CSV file with the columns filename (below `root`) and speaker.
 
     Raises:
@@ -776,7 +822,7 @@ def read_manifest(path: Path, root: Path) -> dict[Path, str]:
             rows = list(csv.DictReader(file))
     except (OSError, csv.Error) as error:
         raise UserError(f"manifest {path}: {getattr(error, 'strerror', None) or error}") from None
-    speakers: dict[Path, str] = {}
+    speakers: dict[str, str] = {}
     for number, row in enumerate(rows, start=2):
         name, speaker = row.get("filename"), row.get("speaker")
         if not (name and speaker):
@@ -786,7 +832,7 @@ def read_manifest(path: Path, root: Path) -> dict[Path, str]:
             raise UserError(f"manifest {path}, line {number}: {name} leads out of {root}")
         if not clip.is_file():
             raise UserError(f"manifest {path}, line {number}: no file {clip}")
-        speakers[clip] = speaker
+        speakers[str(clip)] = speaker
     return speakers
 
 
@@ -800,13 +846,15 @@ def report_failures(failures: Sequence[AudioError]) -> None:
 
 
 def _report_duplicates(clips: Sequence[Clip], digests: Sequence[str]) -> None:
+    shared = {digest for digest, count in Counter(digests).items() if count > 1}
     same: dict[str, list[Clip]] = {}
     for clip, digest in zip(clips, digests, strict=True):
-        same.setdefault(digest, []).append(clip)
-    groups = [group for group in same.values() if len(group) > 1]
+        if digest in shared:
+            same.setdefault(digest, []).append(clip)
+    groups = list(same.values())
     for group in groups[:5]:
         contradiction = " under different labels" if len({clip.label for clip in group}) > 1 else ""
-        say(f"note: same audio{contradiction}: {', '.join(str(clip.path) for clip in group)}")
+        say(f"note: same audio{contradiction}: {', '.join(clip.path for clip in group)}")
     if groups:
         say(f"note: {len(groups)} group(s) of clips with the same audio; each stays on one side of the split")
 

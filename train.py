@@ -1028,7 +1028,7 @@ def pool_folds(paths: Sequence[Path], corpus: Corpus) -> Report:
         UserError: They do not hold every clip once.
     """
     probabilities = np.full((len(corpus.clips), len(corpus.labels)), np.nan, np.float32)
-    number = {str(clip.path): index for index, clip in enumerate(corpus.clips)}
+    number = {clip.path: index for index, clip in enumerate(corpus.clips)}
     for path in paths:
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
             for row in csv.DictReader(file):

@@ -13,6 +13,7 @@ ours against that of the original recipe.
 import argparse
 import functools
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -31,6 +32,8 @@ sys.path.insert(0, str(REPO))
 
 import librosa
 import numpy as np
+import soundfile
+import soxr
 import torch
 from torch import nn
 
@@ -38,6 +41,7 @@ from config import Config
 from inference import predict
 from model import build_model, resolve_dtype
 from prepare import (
+    START_METHOD,
     Corpus,
     Split,
     augment_features,
@@ -115,7 +119,18 @@ def bare_features(wave: torch.Tensor, cfg: Config) -> Callable[[], object]:
     return run
 
 
-def feature_rows(paths: Sequence[Path], cfg: Config, repeats: int) -> list[Row]:
+def write_waves(paths: Sequence[Path], folder: Path) -> list[Path]:
+    """The same clips as wav files of 48 kHz and 16 bits, as microphones and RAVDESS have them."""
+    folder.mkdir()
+    copies: list[Path] = []
+    for number, path in enumerate(paths):
+        clip, rate = soundfile.read(path)
+        copies.append(folder / f"{number}.wav")
+        soundfile.write(copies[-1], soxr.resample(clip, rate, 48000), 48000)
+    return copies
+
+
+def feature_rows(paths: Sequence[Path], cfg: Config, scratch: Path, repeats: int) -> list[Row]:
     """Single clips, one thread."""
     paths = paths[:100]
     waves = [
@@ -125,31 +140,62 @@ def feature_rows(paths: Sequence[Path], cfg: Config, repeats: int) -> list[Row]:
         for path in paths
     ]
     tensors = [torch.from_numpy(wave)[None] for wave in waves]
+    copies = write_waves(paths, scratch / "waves")
     bare = bare_features(tensors[0][0], cfg)
-    ours, theirs, step, their_step, floor = race(
+    ours, theirs, wav, their_wav, step, their_step, floor = race(
         lambda: [extract_file(path, cfg) for path in paths],
         lambda: [librosa_features(path, cfg) for path in paths],
+        lambda: [extract_file(path, cfg) for path in copies],
+        lambda: [librosa_features(path, cfg) for path in copies],
         lambda: [extract_features(tensor, cfg) for tensor in tensors],
         lambda: [librosa_of_wave(wave, cfg) for wave in waves],
         lambda: [bare() for _ in paths],
         repeats=repeats,
     )
     return [
-        Row("clip: file to features", ours, "librosa.load, mfcc and two delta", theirs),
+        Row(f"clip: {paths[0].suffix} file to features", ours, "librosa.load, mfcc and two delta", theirs),
+        Row("clip: 48 kHz wav file to features", wav, "librosa.load, mfcc and two delta", their_wav),
         Row("clip: wave to features", step, "librosa mfcc and two delta", their_step),
         Row("clip: wave to features", step, "bare FFT, mel, log and DCT", floor),
     ]
 
 
 def core_rows(paths: Sequence[Path], cfg: Config, repeats: int) -> list[Row]:
-    """The folder over all cores; the ratio is to be held against the number of cores."""
+    """The folder over all cores; the ratios are to be held against the number of cores.
+
+    The second says what the machine has to give: as many processes, each with its share of the files, that
+    give nothing back.
+    """
     n_cores = n_processes(cfg)
-    ours, alone = race(
+    alone = replace(cfg, num_workers=0)
+    context = multiprocessing.get_context(START_METHOD)
+
+    def apart() -> None:
+        shares = [
+            context.Process(target=extract_share, args=(paths[k::n_cores], alone)) for k in range(n_cores)
+        ]
+        for share in shares:
+            share.start()
+        for share in shares:
+            share.join()
+
+    ours, floor, one = race(
         lambda: list(iter_features(paths, cfg)),
-        lambda: list(iter_features(paths, replace(cfg, num_workers=0))),
+        apart,
+        lambda: list(iter_features(paths, alone)),
         repeats=repeats,
     )
-    return [Row(f"{len(paths)} clips to features, {n_cores} processes", ours, "one process", alone)]
+    return [
+        Row(f"{len(paths)} clips to features, {n_cores} processes", ours, "one process", one),
+        Row(f"the same, {n_cores} that give nothing back", floor, "one process", one),
+    ]
+
+
+def extract_share(paths: Sequence[Path], cfg: Config) -> None:
+    """Extract features and forget them."""
+    torch.set_num_threads(1)
+    for _ in iter_features(paths, cfg):
+        pass
 
 
 def training_rows(cfg: Config, repeats: int) -> list[Row]:
@@ -264,7 +310,7 @@ def original_time_to(target: float, corpus: Corpus, split: Split, cfg: Config) -
     used = np.concatenate([split.train, split.val])
     features = torch.empty(len(corpus.clips), cfg.n_features, cfg.n_frames)
     for index in used.tolist():
-        features[index] = torch.from_numpy(librosa_features(corpus.clips[index].path, cfg))
+        features[index] = torch.from_numpy(librosa_features(Path(corpus.clips[index].path), cfg))
     targets = torch.from_numpy(corpus.targets)
     counts = torch.bincount(targets[split.train])
     torch.manual_seed(0)
@@ -430,11 +476,11 @@ def main() -> None:
         if not arguments.data_dir:
             write_demo(data_dir, n_speakers=10, n_takes=9, seed=0)
         cfg = Config(data_dir=str(data_dir), cache_dir=str(Path(scratch, "cache")), device="cpu")
-        every = find_audio(data_dir)
+        every = [Path(path) for path in find_audio(data_dir)]
         paths = every[:: max(1, len(every) // 600)]
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        rows = feature_rows(paths, cfg, arguments.repeats)
+        rows = feature_rows(paths, cfg, Path(scratch), arguments.repeats)
         rows += core_rows(every[:: max(1, len(every) // 3000)], cfg, arguments.repeats)
         torch.set_num_threads(threads)
         rows += inference_rows(paths, cfg, arguments.repeats)

@@ -113,7 +113,7 @@ def noise_corpus(rng: np.random.Generator, n_clips: int, n_classes: int = 2) -> 
     """Clips without a pattern, which can only be learnt by heart."""
     features = rng.normal(size=(n_clips, 120, 20)).astype(np.float32)
     targets = np.arange(n_clips) % n_classes
-    clips = [Clip(Path(f"{number}.wav"), int(label)) for number, label in enumerate(targets)]
+    clips = [Clip(f"{number}.wav", int(label)) for number, label in enumerate(targets)]
     prepared: Any = Prepared(np.arange(n_clips), features, np.ones(n_clips), [""] * n_clips, [])  # type: ignore[arg-type]
     sources = [source_of(clip.path) for clip in clips]
     return Corpus(tuple("ABCDEFG"[:n_classes]), clips, targets, sources, prepared)
@@ -830,7 +830,7 @@ def test_statistics_come_from_training_clips_alone(tiny_cfg: Config) -> None:
     run = started(tiny_cfg)
     corpus = load_corpus(tiny_cfg)
     split = split_corpus(corpus, tiny_cfg)
-    features = np.stack([extract_file(clip.path, tiny_cfg).features for clip in corpus.clips])
+    features = np.stack([extract_file(Path(clip.path), tiny_cfg).features for clip in corpus.clips])
     trained_on = features[split.train].astype(np.float64)
     mean, std = trained_on.mean(axis=(0, 2)), np.sqrt(trained_on.var(axis=(0, 2)).mean())
     np.testing.assert_allclose(run.model.mean[:, 0].numpy(), mean, rtol=1e-4, atol=1e-4)
@@ -1009,7 +1009,7 @@ def test_predictions_of_the_clips_held_out(holdout_fraction: float, n_clips: int
     with Path(cfg.run_dir, "predictions.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     wanted = [corpus.clips[index] for index in (split.holdout if holdout_fraction else split.val)]
-    assert [row["filename"] for row in rows] == [str(clip.path) for clip in wanted]
+    assert [row["filename"] for row in rows] == [clip.path for clip in wanted]
     assert [row["emotion"] for row in rows] == [corpus.labels[clip.label] for clip in wanted]
     assert len(rows) == n_clips
     for row in rows:
