@@ -240,13 +240,25 @@ def label_paths(
     return 1 if failures else 0
 
 
+PRETRAINED = Path(__file__).with_name("assets") / "pretrained.pth"  # of the default recipe, see README.md
+
+
+def find_checkpoint(runtime: Config) -> Path:
+    """The user's own model; where there is none yet, and none is asked for by name, the one that we bring."""
+    own = Path(runtime.checkpoint)
+    if own.exists() or runtime.demo or runtime.checkpoint != Config().checkpoint or not PRETRAINED.is_file():
+        return own
+    say(f"note: no {own} yet: the labels are those of {PRETRAINED.parent.name}/{PRETRAINED.name}")
+    return PRETRAINED
+
+
 def label(runtime: Config, paths: Sequence[str]) -> int:
     """Do what main was asked for; return its exit code.
 
     Raises:
         UserError: Checkpoint, settings or clips do not allow it.
     """
-    checkpoint = load_checkpoint(Path(runtime.checkpoint))
+    checkpoint = load_checkpoint(find_checkpoint(runtime))
     cfg = checkpoint.config.with_runtime(runtime)
     if checkpoint.epoch == 0:
         raise UserError(

@@ -445,11 +445,6 @@ def empty_test_folder() -> None:
     (TEST / "notes.txt").touch()
 
 
-def no_checkpoint() -> None:
-    """Not trained yet."""
-    Path("best_emotion_model.pth").unlink()
-
-
 @pytest.mark.parametrize(
     ("prepare", "arguments", "named"),
     [
@@ -458,8 +453,7 @@ def no_checkpoint() -> None:
         (empty_test_folder, [TEST], "no audio files in data/dataset/Test"),
         (no_test_folder, ["no/*.wav"], "no/*.wav: no such file"),
         (no_test_folder, ["gone.wav"], "gone.wav: no such file"),
-        (no_checkpoint, [], "python train.py"),
-        (no_checkpoint, ["--checkpoint", "other.pth"], "no checkpoint other.pth"),
+        (no_test_folder, ["--checkpoint", "other.pth"], "no checkpoint other.pth: train one with"),
     ],
 )
 @pytest.mark.usefixtures("home")
@@ -473,6 +467,46 @@ def test_nothing_to_work_on(
     assert err[-1].startswith("error: ")
     assert named in err[-1]
     assert not Path("submission.csv").exists()
+
+
+@pytest.fixture
+def pretrained(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Right after cloning: no model of one's own, but the one in assets; and a clip."""
+    path = home / "assets" / "pretrained.pth"
+    path.parent.mkdir()
+    Path("best_emotion_model.pth").rename(path)
+    monkeypatch.setattr(inference, "PRETRAINED", path)
+    write_tone(Path("a.wav"), "Neutral")
+    return path
+
+
+@pytest.mark.usefixtures("pretrained")
+def test_pretrained_model_stands_in(capsys: pytest.CaptureFixture[str]) -> None:
+    assert label("a.wav") == 0
+    out, err = capsys.readouterr()
+    assert out.splitlines()[1].startswith("a.wav,Neutral,")
+    assert "no best_emotion_model.pth yet" in err
+    assert "assets/pretrained.pth" in err
+
+
+def test_own_model_goes_before_the_pretrained_one(
+    pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(pretrained, "best_emotion_model.pth")
+    pretrained.write_text("damaged")
+    assert label("a.wav") == 0
+    assert "pretrained" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--checkpoint", "other.pth"], ["--demo"], []])
+def test_pretrained_model_is_no_silent_default(
+    arguments: list[str], pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not for a model asked for by name, nor for the demo's, nor for one's own that is damaged."""
+    if not arguments:
+        Path("best_emotion_model.pth").write_text("damaged")
+    assert label(*arguments, "a.wav") == 2
+    assert pretrained.name not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flag", ["--n_mfcc=20", "--gru_hidden=8", "--seed=1", "--epochs=3"])
