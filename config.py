@@ -48,10 +48,11 @@ class Config:
     conv_channels: int = 128  # channels of the first convolution; each further block has half as many more
     conv_blocks: int = 3  # convolution blocks; each halves the number of frames
     conv_kernel: int = 5  # frames that a convolution sees
-    gru_hidden: int = 128  # units per direction
+    gru_hidden: int = 112  # units per direction
     gru_layers: int = 2  # stacked bidirectional layers
-    dropout: float = 0.3  # probability, between the GRU layers and in the head
+    dropout: float = 0.35  # probability, between the GRU layers and in the head
     conv_dropout: float = 0.1  # probability, after each convolution block
+    ensemble: int = 3  # such networks, trained side by side; their probabilities are averaged
 
     # ---- data split: identical audio is kept together ---------------------------------------------------
     split: str = "random"  # random (by clip, each class alike) or speaker (no speaker on both sides)
@@ -63,9 +64,9 @@ class Config:
 
     # ---- training ---------------------------------------------------------------------------------------
     batch_size: int = 64  # clips per step
-    epochs: int = 40  # at most; early stopping may end sooner
+    epochs: int = 24  # at most; early stopping may end sooner
     learning_rate: float = 3e-3  # of AdamW; its peak for onecycle
-    weight_decay: float = 1e-2  # L2: weights shrink by this share of the learning rate at every step
+    weight_decay: float = 2e-2  # L2: weights shrink by this share of the learning rate at every step
     label_smoothing: float = 0.05  # share of the target spread over all classes
     warp: float = 0.08  # augmentation: formants and pitch are raised or lowered by up to this share
     stretch: float = 0.12  # augmentation: the tempo changes by up to this share
@@ -189,6 +190,7 @@ _BOUNDS: dict[str, tuple[float, float]] = {  # inclusive
     "gru_layers": (1, 16),
     "dropout": (0, 0.95),
     "conv_dropout": (0, 0.95),
+    "ensemble": (1, 100),
     "folds": (0, 100),
     "val_fraction": (0.001, 0.9),
     "holdout_fraction": (0, 0.9),

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from model import Checkpoint, EmotionCNNGRU, load_checkpoint, replace_file, resolve_device, restore_model
+from model import Checkpoint, Network, load_checkpoint, replace_file, resolve_device, restore_model
 from prepare import (
     AudioError,
     ClipFeatures,
@@ -101,7 +101,7 @@ def _check_names(names: Iterable[str]) -> None:
 
 
 def predict(
-    model: EmotionCNNGRU, paths: Sequence[Path], *, cfg: Config, device: torch.device
+    model: Network, paths: Sequence[Path], *, cfg: Config, device: torch.device
 ) -> Iterator[Prediction]:
     """Yield the class probabilities of each file, in order; memory does not grow with the files."""
     batch: list[ClipFeatures | AudioError] = []
@@ -114,7 +114,7 @@ def predict(
 
 
 def _predict_batch(
-    model: EmotionCNNGRU, batch: Sequence[ClipFeatures | AudioError], device: torch.device
+    model: Network, batch: Sequence[ClipFeatures | AudioError], device: torch.device
 ) -> Iterator[Prediction]:
     clips = [result.features for result in batch if isinstance(result, ClipFeatures)]
     rows = iter(())
@@ -170,7 +170,7 @@ def write_submission(rows: Iterable[tuple[str, str]], path: Path) -> int:
     return n_rows
 
 
-def submit(checkpoint: Checkpoint, model: EmotionCNNGRU, cfg: Config, device: torch.device) -> int:
+def submit(checkpoint: Checkpoint, model: Network, cfg: Config, device: torch.device) -> int:
     """Label the test folder and write the submission.
 
     Raises:
@@ -222,7 +222,7 @@ def submit(checkpoint: Checkpoint, model: EmotionCNNGRU, cfg: Config, device: to
 
 
 def label_paths(
-    arguments: Sequence[str], checkpoint: Checkpoint, model: EmotionCNNGRU, cfg: Config, device: torch.device
+    arguments: Sequence[str], checkpoint: Checkpoint, model: Network, cfg: Config, device: torch.device
 ) -> int:
     """Print a CSV row with probabilities for each file; return 1 if one could not be read, else 0."""
     paths = expand_paths(arguments)

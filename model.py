@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -140,14 +140,41 @@ class EmotionCNNGRU(nn.Module):
         return self.head(pooled).float()  # type: ignore[no-any-return] # nn.Module is Any
 
 
+class EmotionEnsemble(nn.Module):
+    """Networks that learn side by side and are heard together: the mean of their probabilities.
+
+    They differ in the random weights they start from, and in how their clips are augmented, and so err
+    differently (Hansen & Salamon 1990, IEEE Trans. Pattern Analysis and Machine Intelligence 12:993).
+    """
+
+    def __init__(self, members: Sequence[EmotionCNNGRU]) -> None:
+        """Take the M networks in."""
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits for each member's own clips, or what all say of the same clips.
+
+        Training: (M * B, F, T), a batch for each member -> (M * B, C). Evaluation: (B, F, T) -> (B, C)
+        logarithms of the mean probabilities, which serve as logits.
+        """
+        if self.training:
+            parts = features.chunk(len(self.members))
+            return torch.cat([member(part) for member, part in zip(self.members, parts, strict=True)])
+        return torch.stack([member(features).softmax(dim=1) for member in self.members]).mean(dim=0).log()
+
+
+Network: TypeAlias = EmotionCNNGRU | EmotionEnsemble
+
+
 def build_model(
     cfg: Config,
     n_classes: int,
     *,
     mean: npt.NDArray[np.float32] | None = None,
     std: float = 1.0,
-) -> EmotionCNNGRU:
-    """Make the network that the config describes.
+) -> Network:
+    """Make the network, or the ensemble of them, that the config describes.
 
     Args:
         cfg: Gives the sizes.
@@ -155,7 +182,16 @@ def build_model(
         mean: (n_features,) of the training clips; None for zeros.
         std: Of the training clips, one for all rows, positive.
     """
-    model = EmotionCNNGRU(
+    members = [_build_member(cfg, n_classes) for _ in range(cfg.ensemble)]
+    for member in members:
+        if mean is not None:
+            member.mean.copy_(torch.from_numpy(mean)[:, None])
+        member.std.fill_(std)
+    return EmotionEnsemble(members) if len(members) > 1 else members[0]
+
+
+def _build_member(cfg: Config, n_classes: int) -> EmotionCNNGRU:
+    return EmotionCNNGRU(
         cfg.n_features,
         n_classes,
         conv_channels=cfg.conv_channels,
@@ -166,10 +202,6 @@ def build_model(
         dropout=cfg.dropout,
         conv_dropout=cfg.conv_dropout,
     )
-    if mean is not None:
-        model.mean.copy_(torch.from_numpy(mean)[:, None])
-    model.std.fill_(std)
-    return model
 
 
 def resolve_device(name: str) -> torch.device:
@@ -303,7 +335,7 @@ def _read_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(config=config, labels=tuple(labels), **content)
 
 
-def restore_model(checkpoint: Checkpoint, device: torch.device) -> EmotionCNNGRU:
+def restore_model(checkpoint: Checkpoint, device: torch.device) -> Network:
     """Rebuild the trained network, ready for prediction.
 
     Raises:

@@ -24,7 +24,6 @@ if __name__ == "__main__":
 import contextlib
 import copy
 import csv
-import functools
 import hashlib
 import io
 import json
@@ -49,8 +48,8 @@ from tqdm import tqdm
 
 from model import (
     Checkpoint,
-    EmotionCNNGRU,
     EmotionDataset,
+    Network,
     build_model,
     load_checkpoint,
     replace_file,
@@ -228,7 +227,7 @@ def run_epoch(
         loader: Batches of features and targets.
         criterion: The loss.
         learn: Takes one step with the loss of a batch.
-        augment: Changes the features of a batch, on the device.
+        augment: Changes the features of a batch, on the device; may make several copies of it.
         dtype: In which products are computed.
         title: Of the progress bar.
         team: The processes.
@@ -251,14 +250,15 @@ def run_epoch(
                 features = augment(features)  # noqa: PLW2901
             with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 logits = model(features)  # (B, C)
-            loss = criterion(logits, wanted.to(device, non_blocking=True))
+            copies = len(logits) // len(wanted)  # of an ensemble in training each member has its own
+            loss = criterion(logits, wanted.to(device, non_blocking=True).repeat(copies))
             if learn is not None:
                 learn(loss)
             losses.append(loss.detach())
-            probabilities.append(logits.detach().softmax(dim=1))
+            probabilities.append(logits.detach().softmax(dim=1).unflatten(0, (copies, -1)).mean(dim=0))
             targets.append(wanted)
             if not bar.disable:
-                right = (logits.argmax(dim=1).cpu() == wanted).float().mean()
+                right = (probabilities[-1].argmax(dim=1).cpu() == wanted).float().mean()
                 bar.set_postfix(loss=f"{loss.item():.2f}", accuracy=f"{right:.0%}", refresh=False)
     mine = (torch.stack(losses), torch.cat(probabilities), torch.cat(targets))
     shares = team.gather(tuple(part.cpu().numpy() for part in mine))
@@ -406,8 +406,8 @@ class EpochRecord:
 class Run:
     """All that changes while training, and so all that an interrupted run must find again."""
 
-    model: EmotionCNNGRU
-    average: EmotionCNNGRU  # running mean of `model` over the steps: the one that is judged and saved
+    model: Network
+    average: Network  # running mean of `model` over the steps: the one that is judged and saved
     optimizer: torch.optim.AdamW
     scheduler: OneCycleLR | ReduceLROnPlateau
     stopping: EarlyStopping
@@ -418,8 +418,10 @@ class Run:
     rate: float = field(init=False)  # learning rate at the start of the epoch
 
     def __post_init__(self) -> None:
-        """Note the first rate."""
+        """Note the first rate, and what is averaged."""
         self.rate = self.optimizer.param_groups[0]["lr"]
+        states = (self.average.state_dict().values(), self.model.state_dict().values())
+        self._pairs = list(zip(*states, strict=True))  # these tensors stay; only their values change
 
     @classmethod
     def start(cls, cfg: Config, corpus: Corpus, split: Split, device: torch.device, n_batches: int) -> "Run":
@@ -472,9 +474,7 @@ class Run:
         # Young averages forget faster, or they would remember the random start.
         decay = min(self.last.config.ema_decay, (1 + self.n_steps) / (10 + self.n_steps))
         with torch.no_grad():
-            for mean, value in zip(
-                self.average.state_dict().values(), self.model.state_dict().values(), strict=True
-            ):
+            for mean, value in self._pairs:
                 if mean.is_floating_point():
                     mean.lerp_(value, 1 - decay)
                 else:
@@ -666,8 +666,12 @@ def train_epochs(
     """
     cfg = run.last.config
     run_dir, best_path = Path(cfg.run_dir), Path(cfg.checkpoint)
-    dtype = resolve_dtype(cfg.precision, run.model.mean.device)
-    augment = functools.partial(augment_features, cfg=cfg) if cfg.warp or cfg.stretch or cfg.shift else None
+    dtype = resolve_dtype(cfg.precision, next(model.parameters()).device)
+
+    def augment(features: Tensor) -> Tensor:
+        copies = features.repeat(cfg.ensemble, 1, 1)
+        return augment_features(copies, cfg) if cfg.warp or cfg.stretch or cfg.shift else copies
+
     try:
         while not run.is_over:
             started = time.perf_counter()
@@ -839,7 +843,7 @@ def summarize(
     run: Run, corpus: Corpus, split: Split, reports: dict[str, Report], *, team: Team = _ALONE
 ) -> dict[str, Any]:
     """Everything worth keeping about a finished run, for metrics.json."""
-    cfg = run.last.config
+    cfg, device = run.last.config, next(run.model.parameters()).device
     assert run.best is not None
     return {
         "corpus": corpus_name(cfg),
@@ -848,7 +852,7 @@ def summarize(
         "epochs": len(run.history),
         "training_minutes": round(sum(record.seconds for record in run.history) / 60, 2),
         "parameters": sum(parameter.numel() for parameter in run.model.parameters()),
-        "hardware": f"{run.model.mean.device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
+        "hardware": f"{device.type}, {torch.get_num_threads()} threads, {platform.machine()}",
         "processes": team.size,
         "versions": run.last.versions,
         "config": cfg.to_dict(),

@@ -56,6 +56,7 @@ def tiny_cfg(tmp_path: Path, tone_corpus: Path) -> Config:
         submission=str(tmp_path / "submission.csv"),
         conv_channels=4,
         gru_hidden=8,
+        ensemble=2,
         batch_size=4,
         epochs=3,
         learning_rate=1e-3,

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 import train
 from config import Config, Interrupted, UserError
-from model import Checkpoint, build_model, load_checkpoint, save_checkpoint
+from model import Checkpoint, EmotionEnsemble, build_model, load_checkpoint, save_checkpoint
 from prepare import Clip, Corpus, Prepared, extract_file, load_corpus, source_of, split_corpus
 from tests.conftest import RATE, tone
 from train import (
@@ -137,7 +137,10 @@ class Others(Team):
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_a_team_scores_every_clip_once(size: int, n_clips: int, rng: np.random.Generator) -> None:
     """Its outcome is that of one process: no clip lost or twice, in order, however the shares turn out."""
-    corpus, network = noise_corpus(rng, n_clips, 4), build_model(Config(conv_channels=4, gru_hidden=8), 4)
+    corpus, network = (
+        noise_corpus(rng, n_clips, 4),
+        build_model(Config(conv_channels=4, gru_hidden=8, ensemble=1), 4),
+    )
 
     def outcome(team: Team) -> Outcome:
         loader = make_loader(corpus, np.arange(n_clips), 6, shuffle=False, team=team)
@@ -178,7 +181,7 @@ def test_shares_of_a_training_epoch(rng: np.random.Generator) -> None:
 
 def test_a_loss_that_only_another_process_has_stops_all(rng: np.random.Generator) -> None:
     """Otherwise the rest would wait for it for ever."""
-    corpus, network = noise_corpus(rng, 8), build_model(Config(conv_channels=4, gru_hidden=8), 2)
+    corpus, network = noise_corpus(rng, 8), build_model(Config(conv_channels=4, gru_hidden=8, ensemble=1), 2)
 
     class Unlucky(Team):
         def gather(self, mine: Any) -> list[Any]:
@@ -203,7 +206,7 @@ def test_learns_eight_clips_by_heart(rng: np.random.Generator) -> None:
     """Random features and labels, no dropout: the loss, its gradient and the optimizer belong together."""
     torch.manual_seed(0)
     corpus = noise_corpus(rng, 8)
-    network = build_model(Config(dropout=0, conv_dropout=0, conv_channels=8, gru_hidden=16), 2)
+    network = build_model(Config(dropout=0, conv_dropout=0, conv_channels=8, gru_hidden=16, ensemble=1), 2)
     optimizer, criterion = torch.optim.Adam(network.parameters(), 1e-2), nn.CrossEntropyLoss()
 
     def learn(loss: Tensor) -> None:
@@ -218,9 +221,40 @@ def test_learns_eight_clips_by_heart(rng: np.random.Generator) -> None:
     assert checked.predictions.tolist() == checked.targets.tolist() == [0, 1] * 4
 
 
+@pytest.mark.parametrize("ensemble", [1, 3])
+def test_each_member_has_its_own_copies(ensemble: int, rng: np.random.Generator) -> None:
+    """The loss is that of all copies; the outcome has one row for each clip, the mean of the members."""
+    torch.manual_seed(0)
+    cfg = Config(conv_channels=4, gru_hidden=8, dropout=0, conv_dropout=0, ensemble=ensemble)
+    corpus, network, losses = noise_corpus(rng, 6), build_model(cfg, 2), []
+    factors = torch.linspace(1, 2, ensemble)[:, None, None, None]
+
+    def augment(features: Tensor) -> Tensor:
+        return (factors * features).flatten(0, 1)
+
+    loader = make_loader(corpus, np.arange(6), 4, shuffle=False)
+    outcome = run_epoch(network, loader, nn.CrossEntropyLoss(), learn=losses.append, augment=augment)
+    assert outcome.targets.tolist() == corpus.targets.tolist()
+    members = network.members if isinstance(network, EmotionEnsemble) else [network]
+    batches = [torch.from_numpy(corpus.prepared.features[part]) for part in (np.arange(4), np.arange(4, 6))]
+    logits = torch.stack(
+        [
+            torch.cat([member(factor[0, 0] * batch) for batch in batches])
+            for member, factor in zip(members, factors, strict=True)
+        ]
+    )
+    torch.testing.assert_close(torch.from_numpy(outcome.probabilities), logits.softmax(2).mean(0))
+    targets = torch.from_numpy(corpus.targets)
+    expected = [
+        nn.CrossEntropyLoss()(logits[:, a:b].flatten(0, 1), targets[a:b].repeat(ensemble))
+        for a, b in ((0, 4), (4, 6))
+    ]
+    torch.testing.assert_close(torch.stack(losses), torch.stack(expected))
+
+
 def test_evaluation_leaves_the_network_alone(rng: np.random.Generator) -> None:
     """No weight, no running statistic of batch norm, and no dropout."""
-    corpus, network = noise_corpus(rng, 6), build_model(Config(conv_channels=4, gru_hidden=8), 2)
+    corpus, network = noise_corpus(rng, 6), build_model(Config(conv_channels=4, gru_hidden=8, ensemble=1), 2)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     loader = make_loader(corpus, np.arange(6), 4, shuffle=False)
     first, second = (run_epoch(network, loader, nn.CrossEntropyLoss()) for _ in range(2))
@@ -723,7 +757,7 @@ def test_class_without_training_clips_is_warned_of(capfd: pytest.CaptureFixture[
 
 def test_validation_batch_of_an_absent_class_is_no_nan(rng: np.random.Generator) -> None:
     """Weights of 0 would make 0 / 0, and end the run with the advice to lower the learning rate."""
-    corpus, network = noise_corpus(rng, 6), build_model(Config(conv_channels=4, gru_hidden=8), 2)
+    corpus, network = noise_corpus(rng, 6), build_model(Config(conv_channels=4, gru_hidden=8, ensemble=1), 2)
     criterion = nn.CrossEntropyLoss(class_weights(np.array([0, 0]), corpus.labels))
     loader = make_loader(corpus, np.array([0, 2, 1, 3]), 2, shuffle=False)  # classes 0, 0 and 1, 1
     assert math.isfinite(run_epoch(network, loader, criterion).loss)
