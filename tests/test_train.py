@@ -607,6 +607,7 @@ def test_average_of_three_steps_by_hand(tiny_cfg: Config) -> None:
         else:
             assert value == 3
     moving = {"conv.0.0.weight", "gru.bias_hh_l0", "conv.0.1.running_mean", "head.2.running_var"}
+    moving = {f"members.{number}.{name}" for number in range(2) for name in moving}
     assert all(not torch.equal(average[name], run.model.state_dict()[name]) for name in moving)
 
 
@@ -842,11 +843,11 @@ def test_best_epoch_is_the_first_of_equals(tiny_cfg: Config) -> None:
     """And its weights are kept as they were, while the network trains on."""
     run = started(tiny_cfg)
     for count in (5, 8, 8, 6):
-        run.average.mean.fill_(len(run.history) + 1)
+        run.average.get_buffer("members.0.mean").fill_(len(run.history) + 1)
         finish_epoch(run, count)
     assert run.best is not None
     assert (run.best.epoch, run.best.scores["accuracy"]) == (2, 0.8)
-    assert run.best.weights["mean"].unique().tolist() == [2]
+    assert run.best.weights["members.0.mean"].unique().tolist() == [2]
     assert (run.last.epoch, run.last.scores["accuracy"]) == (4, 0.6)
 
 
@@ -867,8 +868,10 @@ def test_statistics_come_from_training_clips_alone(tiny_cfg: Config) -> None:
     features = np.stack([extract_file(Path(clip.path), tiny_cfg).features for clip in corpus.clips])
     trained_on = features[split.train].astype(np.float64)
     mean, std = trained_on.mean(axis=(0, 2)), np.sqrt(trained_on.var(axis=(0, 2)).mean())
-    np.testing.assert_allclose(run.model.mean[:, 0].numpy(), mean, rtol=1e-4, atol=1e-4)
-    assert float(run.model.std) == pytest.approx(std, rel=1e-4)
+    for number in range(tiny_cfg.ensemble):
+        found = run.model.get_buffer(f"members.{number}.mean")
+        np.testing.assert_allclose(found[:, 0].numpy(), mean, rtol=1e-4, atol=1e-4)
+        assert float(run.model.get_buffer(f"members.{number}.std")) == pytest.approx(std, rel=1e-4)
     assert np.abs(features.mean(axis=(0, 2)) - mean).max() > 0.1  # all clips would give another mean
 
 
