@@ -18,7 +18,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,11 +33,17 @@ from prepare import (
     iter_features,
     make_demo,
     report_failures,
+    report_warnings,
 )
 
-Prediction: TypeAlias = tuple[
-    Path, FloatArray | AudioError
-]  # a file and its class probabilities (C,), or the reason
+
+class Prediction(NamedTuple):
+    """What became of one file."""
+
+    path: Path
+    result: FloatArray | AudioError  # its class probabilities (C,), or why there are none
+    warning: str  # what is odd about its audio; "" if nothing is
+
 
 # ---- which clips ----------------------------------------------------------------------------------------
 
@@ -122,7 +128,10 @@ def _predict_batch(
         with torch.inference_mode():
             rows = iter(model(torch.from_numpy(np.stack(clips)).to(device)).softmax(dim=1).cpu().numpy())
     for result in batch:
-        yield result.path, (next(rows) if isinstance(result, ClipFeatures) else result)
+        if isinstance(result, ClipFeatures):
+            yield Prediction(result.path, next(rows), result.warning)
+        else:
+            yield Prediction(result.path, result, "")
 
 
 # ---- submission -----------------------------------------------------------------------------------------
@@ -198,14 +207,18 @@ def submit(checkpoint: Checkpoint, model: EmotionCNNGRU, cfg: Config, device: to
 
     rows: list[tuple[str, str]] = []
     failures: list[AudioError] = []
-    for path, result in tqdm(
+    warnings: list[tuple[Path, str]] = []
+    for path, result, warning in tqdm(
         predict(model, paths, cfg=cfg, device=device), "clips", len(paths), disable=None
     ):
+        if warning:
+            warnings.append((path, warning))
         if isinstance(result, AudioError):
             failures.append(result)
             rows.append((path.name, cfg.fill))
         else:
             rows.append((path.name, labels[int(result.argmax())]))
+    report_warnings(warnings)
     report_failures(failures)
     if failures and not cfg.fill:
         raise UserError(
@@ -229,13 +242,17 @@ def label_paths(
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow([*HEADER, "confidence", *checkpoint.labels])
     failures: list[AudioError] = []
-    for path, result in predict(model, paths, cfg=cfg, device=device):
+    warnings: list[tuple[Path, str]] = []
+    for path, result, warning in predict(model, paths, cfg=cfg, device=device):
+        if warning:
+            warnings.append((path, warning))
         if isinstance(result, AudioError):
             failures.append(result)
             continue
         probabilities = [f"{probability:.4f}" for probability in result]
         best = int(result.argmax())
         writer.writerow([path, checkpoint.labels[best], probabilities[best], *probabilities])
+    report_warnings(warnings)
     report_failures(failures)
     return 1 if failures else 0
 

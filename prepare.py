@@ -29,7 +29,7 @@ import threading
 import uuid
 import zlib
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
@@ -150,7 +150,7 @@ def source_of(path: Path) -> Source:
 # ---- audio ----------------------------------------------------------------------------------------------
 
 
-def load_audio(path: Path, *, sample_rate: int, n_samples: int) -> FloatArray:
+def load_audio(path: Path, *, sample_rate: int, n_samples: int) -> tuple[FloatArray, str]:
     """Read the start of an audio file as mono float32 at the given rate.
 
     Channels are averaged, then resampled with soxr's HQ recipe, as librosa.load does. No more of the file is
@@ -162,7 +162,7 @@ def load_audio(path: Path, *, sample_rate: int, n_samples: int) -> FloatArray:
         n_samples: Most samples to return.
 
     Returns:
-        (n,) float32 in about [-1, 1], 0 < n <= n_samples.
+        (n,) float32 in about [-1, 1], 0 < n <= n_samples, and what is odd about it: "" if nothing is.
 
     Raises:
         AudioError: The file is missing, no regular file, no audio, empty, or not finite.
@@ -173,7 +173,8 @@ def load_audio(path: Path, *, sample_rate: int, n_samples: int) -> FloatArray:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
             raise AudioError(path, "not a regular file")
         # As bytes, since soundfile encodes text strictly, and a name need not be UTF-8. Windows wants text.
-        with soundfile.SoundFile(path if sys.platform == "win32" else os.fsencode(path)) as file:
+        name = path if sys.platform == "win32" else os.fsencode(path)
+        with silenced_stderr(), soundfile.SoundFile(name) as file:
             rate, channels = file.samplerate, file.channels
             if not 1000 <= rate <= 768_000 or channels > 16:
                 raise AudioError(
@@ -181,19 +182,104 @@ def load_audio(path: Path, *, sample_rate: int, n_samples: int) -> FloatArray:
                 )
             margin = 1024 * max(1, rate / sample_rate)  # for the resampler, which looks ahead
             wanted = math.ceil(n_samples * rate / sample_rate + margin)
-            samples = file.read(wanted, dtype="float32", always_2d=True)
+            samples, cut = read_samples(file, path, wanted)
     except OSError as error:
         raise AudioError(path, error.strerror or str(error)) from None
     except soundfile.SoundFileError as error:
-        raise AudioError(path, str(error).rpartition(": ")[2] or "not audio") from None
-    wave: FloatArray = samples.mean(axis=1) if channels > 1 else samples[:, 0]
+        raise AudioError(path, _reason(error)) from None
+    with np.errstate(over="ignore", invalid="ignore"):  # 1e38 overflows to what is refused below
+        wave: FloatArray = samples.mean(axis=1) if channels > 1 else samples[:, 0]
+        silence = _silence(wave, samples) if wave.size else ""
     if not np.isfinite(wave).all():
         raise AudioError(path, "holds NaN or infinite samples")
     if rate != sample_rate:
         wave = soxr.resample(wave, rate, sample_rate, quality="HQ")
     if wave.size == 0:
         raise AudioError(path, "holds no samples")
-    return wave[:n_samples]
+    return wave[:n_samples], "; ".join(filter(None, [cut, silence]))
+
+
+def _reason(error: soundfile.SoundFileError) -> str:
+    """The words of libsndfile, without the name of the file; those on a short mp3 are wrong."""
+    reason = str(error).rpartition(": ")[2]
+    return "not audio" if not reason or "possibly a pipe" in reason else reason
+
+
+def _silence(wave: FloatArray, samples: FloatArray) -> str:
+    """Say if there is nothing to hear in a wave (n,), the mean of samples (n, channels); else ""."""
+    # At -40 dB, since few coders keep opposite channels exactly so; a wide recording stays above -20.
+    if samples.shape[1] > 1 and wave.std() < 0.01 * samples.std(axis=0).max():
+        return "silent: its channels cancel out"
+    return "silent" if np.ptp(wave) < 1e-4 else ""  # three steps of 16 bits; an offset cannot be heard
+
+
+def read_samples(file: soundfile.SoundFile, path: Path, wanted: int) -> tuple[FloatArray, str]:
+    """Read the first `wanted` frames, or all there are: (n, channels) float32, and what is missing or "".
+
+    Raises:
+        soundfile.SoundFileError: It is damaged from the first sample on.
+    """
+    # As long as we want it, not as the header claims. NaN tells what was not written, if it comes to that.
+    buffer = np.full((wanted, file.channels), np.nan, np.float32)
+    try:
+        samples = file.read(out=buffer)
+    except soundfile.SoundFileError as error:  # a cut FLAC: use what came before
+        samples = buffer[: np.append(np.isnan(buffer[:, -1]), True).argmax()]
+        if not samples.size:
+            raise
+        if "psf_fseek" in str(error):  # all is read; soundfile only cannot stay at the end of a piped FLAC
+            return samples, ""
+        return samples, f"unreadable after {len(samples) / file.samplerate:.2f} s: {_reason(error)}"
+    return samples, _shortage(file, path, len(samples)) if len(samples) < wanted else ""
+
+
+# What libsndfile notes about samples that should be longer than the file.
+_SIZES = re.compile(r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+
+
+def _shortage(file: soundfile.SoundFile, path: Path, n_read: int) -> str:
+    """Say if there were more than the n_read frames once, as far as the file tells; else ""."""
+    if file.format == "OGG":  # knows no length in advance
+        return "" if _has_last_page(path) else "truncated: the end of the stream is missing"
+    promised = file.frames
+    if sizes := _SIZES.search(file.extra_info):
+        claimed, real = map(int, sizes.groups())
+        if claimed < 0x7FFF0000:  # else it was recorded into a pipe, and the length not known
+            promised = n_read * claimed // max(1, real)
+    if promised - n_read <= 0.05 * file.samplerate:  # decoders drop an odd frame
+        return ""
+    if file.subtype.startswith("MPEG"):
+        with path.open("rb") as raw:
+            head = raw.read(1 << 16)
+        if b"Xing" not in head and b"Info" not in head:  # no length in it: libsndfile guessed
+            return ""
+    return f"truncated: {n_read / file.samplerate:,.2f} of {promised / file.samplerate:,.2f} s"
+
+
+def _has_last_page(path: Path) -> bool:
+    """Whether an Ogg file ends with a whole page that is marked as its last."""
+    with path.open("rb") as raw:
+        raw.seek(max(0, path.stat().st_size - (1 << 16)))  # no page is longer
+        tail = raw.read()
+    page = tail[tail.rfind(b"OggS") :]
+    return len(page) >= 27 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]]) and bool(page[5] & 4)
+
+
+@contextlib.contextmanager
+def silenced_stderr() -> Iterator[None]:
+    """Keep from the terminal what C libraries write to it, as mpg123 does of a cut mp3."""
+    try:
+        saved = os.dup(2)
+    except OSError:  # closed, so that there is nothing to keep quiet
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 # ---- features -------------------------------------------------------------------------------------------
@@ -383,6 +469,7 @@ class ClipFeatures(NamedTuple):
     features: FloatArray  # (n_features, n_frames)
     seconds: float  # of audio in it, at most cfg.duration
     digest: str  # equal for clips that sound the same to the network
+    warning: str = ""  # what is odd about the audio, as that it is silent
 
 
 CHUNK = 32  # files per task of a worker: long enough to hide the task's own cost
@@ -396,13 +483,13 @@ def extract_file(path: Path, cfg: Config) -> ClipFeatures:
     Raises:
         AudioError: The file cannot be used.
     """
-    wave = load_audio(path, sample_rate=cfg.sample_rate, n_samples=cfg.n_samples)
+    wave, warning = load_audio(path, sample_rate=cfg.sample_rate, n_samples=cfg.n_samples)
     # One clip at a time: it fits the processor's cache, and its features cannot depend on its neighbours.
     features = extract_features(torch.from_numpy(wave)[None], cfg)[0].numpy()
     if not np.isfinite(features).all():
         raise AudioError(path, f"samples as large as {np.abs(wave).max():.0e}: features are not finite")
     digest = hashlib.sha256(features.tobytes()).hexdigest()[:32]
-    return ClipFeatures(path, features, wave.size / cfg.sample_rate, digest)
+    return ClipFeatures(path, features, wave.size / cfg.sample_rate, digest, warning)
 
 
 def iter_features(paths: Sequence[Path], cfg: Config) -> Generator[ClipFeatures | AudioError, None, None]:
@@ -534,6 +621,7 @@ def cache_key(cfg: Config) -> str:
     """Name the settings, the code and the libraries that shape the features, in 16 hex digits."""
     code: list[Callable[..., object]] = [
         load_audio,
+        read_samples,
         hann_window,
         to_mel,
         to_hertz,
@@ -797,6 +885,14 @@ def report_failures(failures: Sequence[AudioError]) -> None:
     if failures:
         more = f", {len(failures) - 20} of them not shown" if len(failures) > 20 else ""
         say(f"skipped {len(failures)} unreadable file(s){more}")
+
+
+def report_warnings(warnings: Sequence[tuple[Path, str]]) -> None:
+    """Name the files that were used but are odd, the first twenty of many."""
+    for path, warning in warnings[:20]:
+        say(f"used {path}: {warning}")
+    if len(warnings) > 20:
+        say(f"used {len(warnings)} odd files, {len(warnings) - 20} of them not shown")
 
 
 def _report_duplicates(clips: Sequence[Clip], digests: Sequence[str]) -> None:

@@ -216,7 +216,13 @@ def test_source_of(stem: str, corpus: str, speaker: str) -> None:
 
 # ---- audio ----------------------------------------------------------------------------------------------
 
-load = functools.partial(load_audio, sample_rate=RATE, n_samples=66150)
+
+
+def load(path: Path, n_samples: int = 66150) -> np.ndarray:
+    """The samples alone."""
+    return load_audio(path, sample_rate=RATE, n_samples=n_samples)[0]
+
+
 FORMATS = [  # (suffix, rate, channels, options of soundfile.write)
     ("wav", 22050, 1, {}),
     ("wav", 8000, 2, {}),
@@ -266,16 +272,16 @@ def test_only_the_start_of_a_long_file_is_read(
     The margin was counted in samples of the result: 46 of the file at 1,000 Hz, too few for the resampler.
     """
     path = write_noise(tmp_path / "long.wav", seconds=6, rate=rate)
-    whole = load_audio(path, sample_rate=RATE, n_samples=10**9)[:n_samples]
+    whole = load(path, 10**7)[:n_samples]
     asked = []
     read = soundfile.SoundFile.read
 
-    def spy(file: soundfile.SoundFile, frames: int, **options: Any) -> np.ndarray:
-        asked.append(frames)
-        return read(file, frames, **options)
+    def spy(file: soundfile.SoundFile, *, out: np.ndarray) -> np.ndarray:
+        asked.append(len(out))
+        return read(file, out=out)
 
     monkeypatch.setattr(soundfile.SoundFile, "read", spy)
-    start = load_audio(path, sample_rate=RATE, n_samples=n_samples)
+    start = load(path, n_samples)
     np.testing.assert_allclose(start, whole, rtol=0, atol=1e-6)
     assert start.size == n_samples
     assert 0 <= sum(asked) - n_samples * rate / RATE <= 2048 * max(1, rate / RATE)
@@ -308,6 +314,8 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {  # (file nam
     "no permission": ("a.wav", forbid, ""),
     "NaN": ("a.wav", lambda path: write_wave(path, [0.1, np.nan, 0.2] * 999), "NaN"),
     "infinite": ("a.wav", lambda path: write_wave(path, [0.1, -np.inf, 0.2] * 999), "infinite"),
+    "no header of its own": ("a.mp3", lambda path: path.write_bytes(bytes(99)), "not audio"),
+    "overflow of the mean": ("a.wav", lambda path: write_wave(path, np.full((99, 2), 3e38)), "infinite"),
     "huge": ("a.wav", lambda path: write_wave(path, [1e30, -1e30] * 999), "samples as large as 1e+30"),
     "no samples": ("a.wav", lambda path: write_wave(path, []), "no samples"),
     "17 channels": ("a.wav", lambda path: write_wave(path, np.zeros((999, 17))), "17 channels"),
@@ -339,13 +347,151 @@ def test_odd_but_allowed(channels: int, rate: int, tmp_path: Path) -> None:
     assert wave[wave.size // 2] == pytest.approx(0.25, abs=0.01)
 
 
-def test_a_cut_file_gives_what_it_has(tmp_path: Path) -> None:
-    path = write_noise(tmp_path / "a.wav", seconds=1)
+def cut(path: Path, share: float) -> None:
+    """Leave the first part of a file."""
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+
+
+def warning_of(path: Path) -> str:
+    return load_audio(path, sample_rate=RATE, n_samples=66150)[1]
+
+
+CUT = [  # (suffix, options of soundfile.write, how the warning begins)
+    ("wav", {}, "truncated: "),
+    ("wav", {"subtype": "FLOAT"}, "truncated: "),
+    ("wav", {"subtype": "IMA_ADPCM"}, "truncated: "),
+    ("wav", {"subtype": "ULAW"}, "truncated: "),
+    ("aiff", {}, "truncated: "),
+    ("au", {}, "truncated: "),
+    ("mp3", {}, "truncated: "),
+    ("flac", {}, "unreadable after "),
+    ("ogg", {}, "truncated: the end of the stream is missing"),
+    ("opus", {"format": "OGG", "subtype": "OPUS"}, "truncated: the end of the stream is missing"),
+]
+
+
+@pytest.mark.parametrize(("suffix", "options", "warning"), CUT, ids=str)
+def test_a_cut_file_gives_what_it_has(
+    suffix: str, options: dict[str, str], warning: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And says so itself: mpg123 wrote to the terminal, and a cut FLAC was refused as a whole."""
+    path = write_noise(tmp_path / f"a.{suffix}", seconds=2.5, rate=48000, **options)
+    whole, nothing = load_audio(path, sample_rate=RATE, n_samples=66150)
+    cut(path, 0.7)
+    part, told = load_audio(path, sample_rate=RATE, n_samples=66150)
+    assert nothing == ""
+    assert told.startswith(warning)
+    assert 0.3 < part.size / whole.size < 0.8
+    # The resampler has nothing to look ahead to at the cut; IMA ADPCM decodes half a block differently.
+    same = part.size - (2000 if suffix == "wav" else 200)
+    np.testing.assert_allclose(part[:same], whole[:same], rtol=0, atol=1e-5)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_warning_tells_how_much_is_there(tmp_path: Path) -> None:
+    path = write_noise(tmp_path / "a.wav", seconds=2)
+    cut(path, 0.5)
+    assert warning_of(path) == "truncated: 1.00 of 2.00 s"
+    write_noise(path, seconds=2, format="FLAC")
+    cut(path, 0.9)
+    assert warning_of(path) == f"unreadable after {load(path).size / RATE:.2f} s: flac decoder lost sync."
+
+
+@pytest.mark.parametrize(("suffix", "options", "_"), CUT, ids=str)
+def test_a_cut_beyond_what_is_used_does_not_matter(
+    suffix: str, options: dict[str, str], _: str, tmp_path: Path
+) -> None:
+    path = write_noise(tmp_path / f"a.{suffix}", seconds=9, rate=48000, **options)
     whole = load(path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    half = load(path)
-    assert half.size == pytest.approx(whole.size / 2, abs=50)
-    np.testing.assert_array_equal(half, whole[: half.size])
+    cut(path, 0.7)
+    part, warning = load_audio(path, sample_rate=RATE, n_samples=66150)
+    assert warning == ""
+    np.testing.assert_allclose(part, whole, rtol=0, atol=1e-5)
+
+
+def put(path: Path, offset: int, content: bytes) -> None:
+    """Overwrite a few bytes."""
+    old = path.read_bytes()
+    path.write_bytes(old[:offset] + content + old[offset + len(content) :])
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
+def test_a_wav_from_a_pipe_is_whole(size: int, tmp_path: Path) -> None:
+    """Who writes it cannot know the length, and puts the largest there is."""
+    path = write_noise(tmp_path / "a.wav", seconds=1)
+    put(path, 40, size.to_bytes(4, "little"))
+    assert (load(path).size, warning_of(path)) == (RATE, "")
+
+
+def test_a_flac_from_a_pipe_is_whole(tmp_path: Path) -> None:
+    """Its header says 0 samples for "unknown"; soundfile refused it when it came to the end."""
+    path = write_noise(tmp_path / "a.flac", seconds=1)
+    expected = load(path)
+    put(path, 21, bytes([path.read_bytes()[21] & 0xF0, 0, 0, 0, 0]))
+    np.testing.assert_array_equal(load(path), expected)
+    assert warning_of(path) == ""
+    cut(path, 0.6)
+    assert warning_of(path).startswith("unreadable after 0.")
+
+
+def test_an_mp3_without_a_length_promises_none(tmp_path: Path) -> None:
+    """libsndfile guesses it from the first frame, here a small one, and the size of the file."""
+    path = tmp_path / "a.mp3"
+    wave = np.concatenate([np.zeros(RATE), 0.2 * np.random.default_rng(0).normal(size=RATE)])
+    soundfile.write(path, wave, RATE, bitrate_mode="VARIABLE", compression_level=0.5)
+    content = path.read_bytes()
+    frame = content.find(content[:2], 60)  # the first one holds but the length
+    path.write_bytes(content[frame:])
+    assert warning_of(path) == ""
+    with soundfile.SoundFile(path) as file:
+        assert file.frames - file.read().size > RATE / 20
+
+
+@pytest.mark.parametrize("format_", ["WAV", "FLAC", "MP3", "OGG"])
+def test_silence_is_told(format_: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    silence = np.zeros((RATE, 2))
+    soundfile.write(path, silence, RATE, format=format_)
+    assert warning_of(path) == "silent"
+    assert np.isfinite(extract_file(path, SHORT).features).all()
+    soundfile.write(path, silence + 3e-3 * np.stack(2 * [tone(440)], axis=1), RATE, format=format_)
+    assert warning_of(path) == ""
+
+
+def test_an_offset_is_silence_too(tmp_path: Path) -> None:
+    """It cannot be heard, and resampling makes it rise and fall at the ends."""
+    write_wave(tmp_path / "a.wav", np.full(8000, 0.1), rate=8000)
+    assert warning_of(tmp_path / "a.wav") == "silent"
+
+
+@pytest.mark.parametrize("format_", ["WAV", "FLAC", "MP3", "OGG"])
+def test_opposite_channels_are_told(format_: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.stack([tone(440), -tone(440)], axis=1), RATE, format=format_)
+    assert warning_of(path) == "silent: its channels cancel out"
+    assert np.isfinite(extract_file(path, SHORT).features).all()
+    for left, right in ((1, -0.8), (1, 0), (1, 1)):
+        soundfile.write(path, np.stack([left * tone(440), right * tone(440)], axis=1), RATE, format=format_)
+        assert warning_of(path) == ""
+
+
+def test_two_warnings(tmp_path: Path) -> None:
+    write_wave(tmp_path / "a.wav", np.zeros(2 * RATE))
+    cut(tmp_path / "a.wav", 0.5)
+    assert extract_file(tmp_path / "a.wav", Config()).warning == "truncated: 1.00 of 2.00 s; silent"
+
+
+def test_a_closed_stderr_is_no_fault(tmp_path: Path) -> None:
+    """As in `python prepare.py 2>&-`."""
+    path = write_noise(tmp_path / "a.wav")
+    saved = os.dup(2)
+    os.close(2)
+    try:
+        load(path)
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
 
 
 @FORK
