@@ -4,7 +4,16 @@ python inference.py                    the clips of the test folder -> submissio
 python inference.py a.wav clips/ ...   files, folders, patterns -> a CSV with probabilities on stdout
 """
 
-from config import RESUMABLE_FIELDS, SPLIT_FIELDS, Config, UserError, command, parse_runtime_config, say
+from config import (
+    RESUMABLE_FIELDS,
+    SPLIT_FIELDS,
+    Config,
+    UserError,
+    command,
+    parse_runtime_config,
+    printable,
+    say,
+)
 
 if __name__ == "__main__":
     # Answers --help and refuses a bad flag at once: torch takes seconds to load.
@@ -53,10 +62,11 @@ def find_test_clips(test_dir: Path) -> list[Path]:
 
     Raises:
         UserError: There are none, or two have the same name, or a name cannot be written to a CSV.
+        OSError: A folder cannot be listed: its clips would be missing without a word.
     """
     if not test_dir.is_dir():
         raise UserError(f"no test folder {test_dir}: pass --test_dir DIR, or name files to label")
-    paths = sorted(find_audio(test_dir), key=_natural_key)
+    paths = sorted(find_audio(test_dir, strict=True), key=_natural_key)
     if not paths:
         raise UserError(f"no audio files below {test_dir}")
     counts = Counter(path.name for path in paths)
@@ -73,6 +83,7 @@ def expand_paths(arguments: Sequence[str]) -> list[Path]:
 
     Raises:
         UserError: An argument leads to no file, or a name cannot be written to a CSV.
+        OSError: A folder cannot be listed.
     """
     paths: list[Path] = []
     for argument in arguments:
@@ -81,7 +92,7 @@ def expand_paths(arguments: Sequence[str]) -> list[Path]:
         # Path.glob refuses absolute patterns.
         matches = [argument] if Path(argument).exists() else sorted(glob.glob(argument, recursive=True))  # noqa: PTH207
         for match in map(Path, matches):
-            paths += sorted(find_audio(match), key=_natural_key) if match.is_dir() else [match]
+            paths += sorted(find_audio(match, strict=True), key=_natural_key) if match.is_dir() else [match]
         if not matches:
             raise UserError(f"{argument}: no such file or folder")
     if not paths:
@@ -230,7 +241,7 @@ def submit(checkpoint: Checkpoint, model: EmotionCNNGRU, cfg: Config, device: to
     if failures:
         say(f"warning: {len(failures)} of {n_rows} rows are not predictions but filled with {cfg.fill}")
     verdict = f"; ids not as in {sample}" if differences else f", ids as in {sample}" if sample else ""
-    print(f"{n_rows} rows in {cfg.submission}{verdict}")
+    print(printable(f"{n_rows} rows in {cfg.submission}{verdict}"))
     return 1 if differences else 0
 
 
@@ -251,7 +262,8 @@ def label_paths(
             continue
         probabilities = [f"{probability:.4f}" for probability in result]
         best = int(result.argmax())
-        writer.writerow([path, checkpoint.labels[best], probabilities[best], *probabilities])
+        name = printable(str(path)) if sys.stdout.isatty() else path  # in a file or a pipe: to the byte
+        writer.writerow([name, checkpoint.labels[best], probabilities[best], *probabilities])
     report_warnings(warnings)
     report_failures(failures)
     return 1 if failures else 0

@@ -74,13 +74,22 @@ class AudioError(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def find_audio(folder: Path) -> list[Path]:
+def find_audio(folder: Path, *, strict: bool = False) -> list[Path]:
     """List the audio files at any depth below a folder, sorted, without hidden files and linked folders.
 
     Files in formats that cannot be decoded are listed too, so that they are reported and not overlooked.
+
+    Raises:
+        OSError: A folder cannot be listed; unless strict, it is skipped and named on stderr.
     """
+
+    def skip(error: OSError) -> None:
+        if strict:
+            raise error
+        say(f"skipped {error}")
+
     found: list[Path] = []
-    for parent, folders, files in os.walk(folder, onerror=lambda error: say(f"skipped {error}")):
+    for parent, folders, files in os.walk(folder, onerror=skip):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         found += [Path(parent, name) for name in files if not name.startswith(".")]
     return sorted(
@@ -103,9 +112,9 @@ def find_labels(data_dir: Path, *, skip: Path | None = None) -> tuple[str, ...]:
             f"no data folder {data_dir}: give one with a folder of clips per emotion, or try --demo"
         )
     folders = [p for p in data_dir.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX"))]
-    labels = sorted(
-        p.name for p in folders if p.name.lower() != "test" and p.resolve() != (skip and skip.resolve())
-    )
+    # A link to a folder that data_dir is in would make every clip one of another class as well.
+    others = [data_dir.resolve(), *data_dir.resolve().parents, skip and Path(os.path.realpath(skip))]
+    labels = sorted(p.name for p in folders if p.name.lower() != "test" and p.resolve() not in others)
     if not labels:
         raise UserError(f"no class folders in {data_dir}: expected one folder of clips per emotion")
     return tuple(labels)
@@ -172,8 +181,12 @@ def load_audio(path: Path, *, sample_rate: int, n_samples: int) -> tuple[FloatAr
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
             raise AudioError(path, "not a regular file")
+        with path.open("rb") as raw:
+            if raw.read(2) == b"\xf0\x7e":  # its decoder prints to stdout, among our results
+                raise AudioError(path, "a MIDI sample dump: convert it to wav")
         # As bytes, since soundfile encodes text strictly, and a name need not be UTF-8. Windows wants text.
-        name = path if sys.platform == "win32" else os.fsencode(path)
+        # Absolute, since "-" would be the standard input.
+        name = path if sys.platform == "win32" else os.fsencode(path.absolute())
         with silenced_stderr(), soundfile.SoundFile(name) as file:
             rate, channels = file.samplerate, file.channels
             if not 1000 <= rate <= 768_000 or channels > 16:
@@ -262,7 +275,9 @@ def _has_last_page(path: Path) -> bool:
         raw.seek(max(0, path.stat().st_size - (1 << 16)))  # no page is longer
         tail = raw.read()
     page = tail[tail.rfind(b"OggS") :]
-    return len(page) >= 27 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]]) and bool(page[5] & 4)
+    return (
+        len(page) >= 27 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]]) and bool(page[5] & 4)
+    )
 
 
 @contextlib.contextmanager

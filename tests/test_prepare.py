@@ -1,5 +1,7 @@
 """Finding, reading, extracting, caching and splitting clips, against librosa, SciPy and NumPy."""
 
+import ctypes
+import errno
 import functools
 import itertools
 import json
@@ -10,6 +12,7 @@ import random
 import select
 import shutil
 import signal
+import socket
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +55,7 @@ from prepare import (
     write_demo,
 )
 
+from . import fuzz
 from .conftest import RATE, tone
 
 FORK = pytest.mark.skipif(prepare.START_METHOD != "fork", reason="the patch reaches workers by fork alone")
@@ -160,6 +164,17 @@ def test_find_labels_leaves_out_the_test_folder(tmp_path: Path, monkeypatch: pyt
     assert find_labels(Path("data"), skip=Path("elsewhere")) == ("Angry", "unlabelled")
 
 
+def test_links_to_themselves_are_no_classes(tmp_path: Path) -> None:
+    """Every clip would be one of the class "all" as well."""
+    data = tmp_path / "data"
+    touch(data, "Angry/a.wav")
+    (tmp_path / "elsewhere").mkdir()
+    for name, target in {"all": ".", "above": "..", "loop": "loop", "Sad": "../elsewhere"}.items():
+        (data / name).symlink_to(target, target_is_directory=True)
+    assert find_labels(data) == ("Angry", "Sad")
+    assert find_labels(data, skip=data / "loop") == ("Angry", "Sad")
+
+
 @pytest.mark.parametrize("made", ["", "file", "Test", ".hidden"])
 def test_find_labels_without_classes(made: str, tmp_path: Path) -> None:
     folder = tmp_path / "data"
@@ -215,7 +230,6 @@ def test_source_of(stem: str, corpus: str, speaker: str) -> None:
 
 
 # ---- audio ----------------------------------------------------------------------------------------------
-
 
 
 def load(path: Path, n_samples: int = 66150) -> np.ndarray:
@@ -302,6 +316,11 @@ def forbid(path: Path) -> None:
     write_noise(path).chmod(0)
 
 
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
 BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {  # (file name, how to make it, reason)
     "empty": ("a.wav", Path.touch, ""),
     "cut header": ("a.wav", cut_header, ""),
@@ -311,7 +330,12 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {  # (file nam
     "folder": ("a.wav", Path.mkdir, "not a regular file"),
     "missing": ("a.wav", lambda _: None, "No such file"),
     "dangling link": ("a.wav", lambda path: path.symlink_to("nowhere.wav"), "No such file"),
-    "no permission": ("a.wav", forbid, ""),
+    "loop of links": ("a.wav", lambda path: path.symlink_to("a.wav"), "Too many levels of symbolic links"),
+    "link to a device": ("a.wav", lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    "socket": ("a.wav", make_socket, "not a regular file"),
+    "name too long": (300 * "a" + ".wav", lambda _: None, "File name too long"),
+    "no permission": ("a.wav", forbid, "Permission denied"),
+    "png": ("a.wav", lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)), "not recognised"),
     "NaN": ("a.wav", lambda path: write_wave(path, [0.1, np.nan, 0.2] * 999), "NaN"),
     "infinite": ("a.wav", lambda path: write_wave(path, [0.1, -np.inf, 0.2] * 999), "infinite"),
     "no header of its own": ("a.mp3", lambda path: path.write_bytes(bytes(99)), "not audio"),
@@ -336,6 +360,116 @@ def test_bad_file(name: str, make: Callable[[Path], object], reason: str, tmp_pa
     assert "\n" not in raised.value.reason
     assert raised.value.reason
     assert reason in raised.value.reason
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_file_that_cannot_be_opened(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the words of the system: those of libsndfile were "System error."."""
+    path = write_noise(tmp_path / "a.wav")
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(AudioError, match=f"a.wav: {os.strerror(code)}$"):
+        load(path)
+
+
+def test_folder_that_cannot_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Is named, with its name made safe; the others are listed."""
+    touch(tmp_path, "a/x.wav", "b\x1b[2J/x.wav")
+    scandir = os.scandir
+
+    def refuse(folder: str) -> Any:
+        if Path(folder).name.startswith("b"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert find_audio(tmp_path) == [tmp_path / "a" / "x.wav"]
+    err = capsys.readouterr().err
+    assert "skipped" in err
+    assert "Permission denied" in err
+    assert r"b\x1b[2J" in err
+    assert "\x1b" not in err
+    with pytest.raises(PermissionError):
+        find_audio(tmp_path, strict=True)
+
+
+def test_a_file_named_as_standard_input_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder would take it for the standard input, and wait."""
+    monkeypatch.chdir(tmp_path)
+    write_noise(tmp_path / "a.wav").rename("-")
+    assert load(Path("-")).size > 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are shorter on Windows")
+def test_a_path_too_long_for_libsndfile_is_refused(tmp_path: Path) -> None:
+    """It takes 1,023 bytes, the system four times that."""
+    folder = tmp_path.joinpath(*[200 * "a"] * 6)
+    folder.mkdir(parents=True)
+    path = write_noise(tmp_path / "a.wav").rename(folder / "a.wav")
+    with pytest.raises(AudioError, match="too long"):
+        load(path)
+
+
+@pytest.mark.parametrize("suffix", sorted(prepare.FOREIGN_SUFFIXES))
+def test_foreign_formats_are_named(suffix: str, tmp_path: Path) -> None:
+    """They are listed, so that they are not overlooked, and refused without being opened."""
+    path = tmp_path / f"a{suffix}"
+    os.mkfifo(path)
+    assert find_audio(tmp_path) == [path]
+    with pytest.raises(AudioError, match=rf"{suffix} cannot be decoded: convert it to wav"):
+        load(path)
+
+
+def an_hour_of_silence(path: Path) -> None:
+    soundfile.write(path, np.zeros(3600 * 8000, np.int16), 8000, format="FLAC")
+    assert path.stat().st_size < 300_000
+
+
+def lying_flac(path: Path) -> None:
+    write_noise(path, format="FLAC")
+    put(path, 21, bytes([path.read_bytes()[21] | 0x0F, *[0xFF] * 4]))
+    assert soundfile.info(path).frames == 2**36 - 1
+
+
+def lying_wav(path: Path) -> None:
+    write_noise(path)
+    put(path, 40, (0x7FFE0000).to_bytes(4, "little"))
+
+
+def lying_au(path: Path) -> None:
+    write_noise(path, format="AU")
+    put(path, 8, (0x7FFE0000).to_bytes(4, "big"))
+
+
+def most_channels_and_samples(path: Path) -> None:
+    soundfile.write(path, np.ones((int(3.2 * 768_000), 16), np.int16), 768_000, "PCM_U8", format="WAV")
+
+
+@FORK
+@pytest.mark.parametrize(
+    ("make", "megabytes", "kind"),
+    [
+        (an_hour_of_silence, 50, "warned"),
+        (lying_flac, 50, "used"),
+        (lying_wav, 50, "warned"),
+        (lying_au, 50, "warned"),
+        (most_channels_and_samples, 400, "warned"),
+    ],
+)
+def test_time_and_memory_are_bounded(
+    make: Callable[[Path], None], megabytes: int, kind: str, tmp_path: Path
+) -> None:
+    """By the length of a clip, not by what the file holds or claims."""
+    make(tmp_path / "a.wav")
+    [outcome] = fuzz.examine_all([tmp_path / "a.wav"], Config())
+    assert outcome.kind == kind
+    assert outcome.seconds < 1
+    assert outcome.megabytes < megabytes
 
 
 @pytest.mark.parametrize("channels", [1, 2, 16])
@@ -436,7 +570,7 @@ def test_a_flac_from_a_pipe_is_whole(tmp_path: Path) -> None:
 
 
 def test_an_mp3_without_a_length_promises_none(tmp_path: Path) -> None:
-    """libsndfile guesses it from the first frame, here a small one, and the size of the file."""
+    """It is guessed from the first frame, here a small one, and the size of the file."""
     path = tmp_path / "a.mp3"
     wave = np.concatenate([np.zeros(RATE), 0.2 * np.random.default_rng(0).normal(size=RATE)])
     soundfile.write(path, wave, RATE, bitrate_mode="VARIABLE", compression_level=0.5)
@@ -492,6 +626,81 @@ def test_a_closed_stderr_is_no_fault(tmp_path: Path) -> None:
     finally:
         os.dup2(saved, 2)
         os.close(saved)
+
+
+CASES = sorted((Path(__file__).parent / "cases").iterdir())
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.name)
+def test_cases(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Small files that have made trouble, or that tests/fuzz.py kept; the name begins with the outcome."""
+    try:
+        clip = extract_file(path, Config())
+    except AudioError as error:
+        outcome = "refused"
+        assert error.reason
+    else:
+        outcome = "warned" if clip.warning else "used"
+        assert clip.features.shape == (120, 130)
+        assert np.isfinite(clip.features).all()
+    assert path.name.startswith(f"{outcome}-")
+    assert path.stat().st_size <= 2048
+    ctypes.CDLL(None).fflush(None)  # what C prints to a pipe it keeps to itself until the end
+    assert capfd.readouterr() == ("", "")
+
+
+@FORK
+def test_fuzz() -> None:
+    """Two files of every format."""
+    outcomes, finds = fuzz.fuzz(2 * len(fuzz.FORMATS), seed=0, cfg=Config(num_workers=2))
+    assert not finds
+    assert {outcome.kind for _, outcome in outcomes} == {"used", "warned", "refused"}
+    assert {name for name, _ in outcomes} == fuzz.FORMATS.keys()
+
+
+def misbehave(path: Path, _: Config) -> ClipFeatures:
+    """Do what the content says."""
+    content = path.read_bytes()
+    if b"crash" in content:
+        os.kill(os.getpid(), signal.SIGKILL)  # as SIGSEGV, but pytest does not report it at length
+    if b"hang" in content:
+        time.sleep(60)
+    if b"raise" in content:
+        raise ValueError
+    if b"print" in content:
+        os.write(2, b"words")
+    if b"slow" in content:
+        start = time.process_time()
+        while time.process_time() < start + 0.2:
+            pass
+    if b"large" in content:
+        np.ones(100_000_000, np.int8)
+    return ClipFeatures(path, np.full((120, 130), np.nan if b"NaN" in content else 0), 1.0, "")
+
+
+@FORK
+def test_fuzzer_sees_what_goes_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fault in one file among good ones, and it is cut down to what matters."""
+    for name, value in {"EXTRACT": misbehave, "HUNG": 2, "SLOW": 0.1, "LARGE": 50}.items():
+        monkeypatch.setattr(fuzz, name, value)
+    faults = {
+        "crash": "crashed",
+        "raise": "raised",
+        "print": "printed",
+        "slow": "slow",
+        "large": "large",
+        "NaN": "not finite",
+    }
+    words = [*faults, *["good"] * (64 - len(faults)), "hang"]  # alone in its chunk, as it takes long
+    paths = [tmp_path / f"{number}.wav" for number in range(65)]
+    for path, word in zip(paths, words, strict=True):
+        path.write_bytes(bytes(500) + word.encode() + bytes(500))
+    cfg = Config(num_workers=2)
+    kinds = [outcome.kind for outcome in fuzz.examine_all(paths, cfg)]
+    assert kinds == [*faults.values(), *["used"] * (64 - len(faults)), "crashed"]
+    for path in paths[:2]:
+        small = fuzz.minimise(path.read_bytes(), path, kinds[paths.index(path)], cfg)
+        assert len(small) < 50
 
 
 @FORK
@@ -1259,6 +1468,18 @@ def test_no_clips_at_all(tmp_path: Path) -> None:
     (tmp_path / "Angry").mkdir()
     with pytest.raises(UserError, match="no audio files below"):
         load_corpus(Config(data_dir=str(tmp_path)))
+
+
+def test_warnings_are_named_up_to_twenty(capsys: pytest.CaptureFixture[str]) -> None:
+    prepare.report_warnings([])
+    assert capsys.readouterr().err == ""
+    prepare.report_warnings([(Path(f"{number}\x1b.wav"), "silent") for number in range(20)])
+    assert capsys.readouterr().err.splitlines() == [rf"used {number}\x1b.wav: silent" for number in range(20)]
+    prepare.report_warnings([(Path("a.wav"), "silent")] * 21)
+    assert capsys.readouterr().err.splitlines()[19:] == [
+        "used a.wav: silent",
+        "used 21 odd files, 1 of them not shown",
+    ]
 
 
 def test_many_failures_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
