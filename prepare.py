@@ -5,7 +5,7 @@
 fills the cache and prints clips and seconds per class, and what was skipped and why.
 """
 
-from config import Config, UserError, command, parse_config, say
+from config import Config, UserError, command, parse_config, printable, say
 
 if __name__ == "__main__":
     # Answers --help and refuses a bad flag at once: torch takes seconds to load.
@@ -1304,9 +1304,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     corpus = load_corpus(cfg)
     seconds = np.bincount(corpus.targets, corpus.prepared.seconds)
     counts = np.bincount(corpus.targets)
-    width = max(len("total"), *map(len, corpus.labels))
+    names = [printable(label) for label in corpus.labels]
+    width = max(len("total"), *map(len, names))
     print(f"{'class':{width}}  clips  seconds")
-    for row in zip(corpus.labels, counts, seconds, strict=True):
+    for row in zip(names, counts, seconds, strict=True):
         print("{:{width}}  {:5d}  {:7.0f}".format(*row, width=width))
     print(f"{'total':{width}}  {counts.sum():5d}  {seconds.sum():7.0f}")
     for folder in sorted(path for path in Path(cfg.cache_dir).iterdir() if path.is_dir()):

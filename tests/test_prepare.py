@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import select
 import shutil
 import signal
@@ -610,6 +611,18 @@ def test_opposite_channels_are_told(format_: str, tmp_path: Path) -> None:
         assert warning_of(path) == ""
 
 
+def test_an_ogg_file_needs_its_last_page_whole(tmp_path: Path) -> None:
+    """Cut between pages and within the last one, which begins with the mark of the end."""
+    path = write_noise(tmp_path / "a.ogg", seconds=2.5)
+    content = path.read_bytes()
+    last = content.rfind(b"OggS")
+    for end in (last, last + 4, last + 100, len(content) - 1):
+        path.write_bytes(content[:end])
+        assert warning_of(path) == "truncated: the end of the stream is missing"
+    path.write_bytes(content)
+    assert warning_of(path) == ""
+
+
 def test_two_warnings(tmp_path: Path) -> None:
     write_wave(tmp_path / "a.wav", np.zeros(2 * RATE))
     cut(tmp_path / "a.wav", 0.5)
@@ -656,6 +669,17 @@ def test_fuzz() -> None:
     assert not finds
     assert {outcome.kind for _, outcome in outcomes} == {"used", "warned", "refused"}
     assert {name for name, _ in outcomes} == fuzz.FORMATS.keys()
+
+
+def test_fuzzer_mends_checksums(tmp_path: Path) -> None:
+    """Those of an honest file come out as they were."""
+    content = write_noise(tmp_path / "a.ogg", seconds=1).read_bytes()
+    pages = [match.start() for match in re.finditer(b"OggS", content)]
+    broken = bytearray(content)
+    for start in pages:
+        broken[start + 22 : start + 26] = b"1234"
+    assert len(pages) > 2
+    assert fuzz.mend_ogg(broken) == content
 
 
 def misbehave(path: Path, _: Config) -> ClipFeatures:
@@ -1696,6 +1720,16 @@ def test_main_prints_the_table(small_corpus: Config, capsys: pytest.CaptureFixtu
         ["total", "10", "4"],
     ]
     assert err == ""
+
+
+def test_main_shows_names_safely(small_corpus: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of class folders, which may be hostile."""
+    data = Path(small_corpus.data_dir)
+    next(path for path in sorted(data.iterdir()) if path.is_dir()).rename(data / "A\x1b[2J")
+    assert prepare.main(flags(small_corpus)) == 0
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err
+    assert r"A\x1b[2J" in out
 
 
 def test_main_with_demo(
