@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import contextlib
 import csv
+import ctypes
 import functools
 import hashlib
 import inspect
@@ -181,13 +182,11 @@ def load_audio(path: Path, *, sample_rate: int, n_samples: int) -> tuple[FloatAr
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
             raise AudioError(path, "not a regular file")
-        with path.open("rb") as raw:
-            if raw.read(2) == b"\xf0\x7e":  # its decoder prints to stdout, among our results
-                raise AudioError(path, "a MIDI sample dump: convert it to wav")
+        path.open("rb").close()  # the system says why it will not; libsndfile would say "System error."
         # As bytes, since soundfile encodes text strictly, and a name need not be UTF-8. Windows wants text.
         # Absolute, since "-" would be the standard input.
         name = path if sys.platform == "win32" else os.fsencode(path.absolute())
-        with silenced_stderr(), soundfile.SoundFile(name) as file:
+        with silenced(), soundfile.SoundFile(name) as file:
             rate, channels = file.samplerate, file.channels
             if not 1000 <= rate <= 768_000 or channels > 16:
                 raise AudioError(
@@ -281,20 +280,30 @@ def _has_last_page(path: Path) -> bool:
 
 
 @contextlib.contextmanager
-def silenced_stderr() -> Iterator[None]:
-    """Keep from the terminal what C libraries write to it, as mpg123 does of a cut mp3."""
+def silenced() -> Iterator[None]:
+    """Keep decoders from writing to stderr, as mpg123 does of a cut mp3, and to stdout, among our results."""
     try:
-        saved = os.dup(2)
-    except OSError:  # closed, so that there is nothing to keep quiet
+        for stream in (1, 2):
+            os.fstat(stream)
+        saved = {stream: os.dup(stream) for stream in (1, 2)}
+    except OSError:  # one is closed, and its number goes to whatever is opened next
         yield
         return
     try:
         with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
-            os.dup2(nowhere.fileno(), 2)
+            for stream in saved:
+                os.dup2(nowhere.fileno(), stream)
         yield
     finally:
-        os.dup2(saved, 2)
-        os.close(saved)
+        _c_library().fflush(None)  # C keeps what it prints to a pipe until the end of the process
+        for stream, copy in saved.items():
+            os.dup2(copy, stream)
+            os.close(copy)
+
+
+@functools.cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
 
 
 # ---- features -------------------------------------------------------------------------------------------

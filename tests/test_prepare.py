@@ -1,6 +1,6 @@
 """Finding, reading, extracting, caching and splitting clips, against librosa, SciPy and NumPy."""
 
-import ctypes
+import contextlib
 import errno
 import functools
 import itertools
@@ -14,6 +14,8 @@ import select
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -629,16 +631,31 @@ def test_two_warnings(tmp_path: Path) -> None:
     assert extract_file(tmp_path / "a.wav", Config()).warning == "truncated: 1.00 of 2.00 s; silent"
 
 
-def test_a_closed_stderr_is_no_fault(tmp_path: Path) -> None:
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_closed_stream_is_no_fault(stream: int, tmp_path: Path) -> None:
     """As in `python prepare.py 2>&-`."""
     path = write_noise(tmp_path / "a.wav")
-    saved = os.dup(2)
-    os.close(2)
+    saved, other = os.dup(stream), os.fstat(3 - stream)
+    os.close(stream)
     try:
         load(path)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(stream)
+        assert os.fstat(3 - stream) == other
     finally:
-        os.dup2(saved, 2)
+        os.dup2(saved, stream)
         os.close(saved)
+
+
+def test_reading_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    """Neither of good nor of bad files."""
+    paths = [write_noise(tmp_path / "a.wav"), tmp_path / "b.wav"]
+    paths[1].write_text("no audio")
+    before = len(list(Path("/dev/fd").iterdir()))
+    for path in 10 * paths:
+        with contextlib.suppress(AudioError):
+            load(path)
+    assert len(list(Path("/dev/fd").iterdir())) == before
 
 
 CASES = sorted((Path(__file__).parent / "cases").iterdir())
@@ -658,8 +675,29 @@ def test_cases(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
         assert np.isfinite(clip.features).all()
     assert path.name.startswith(f"{outcome}-")
     assert path.stat().st_size <= 2048
-    ctypes.CDLL(None).fflush(None)  # what C prints to a pipe it keeps to itself until the end
     assert capfd.readouterr() == ("", "")
+
+
+def test_nothing_is_printed_to_a_pipe() -> None:
+    """Two decoders print to stdout, and C keeps it until the end of the process: it came after our rows."""
+    program = """
+import sys
+from pathlib import Path
+from prepare import *
+for path in map(Path, sys.argv[1:]):
+    try:
+        extract_file(path, Config())
+    except AudioError:
+        pass
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    paths = [str(path) for path in CASES if "prints" in path.name]
+    command = [sys.executable, "-c", program, *paths]
+    done = subprocess.run(
+        command, check=True, capture_output=True, cwd=Path(prepare.__file__).parent, env=environment
+    )
+    assert len(paths) == 2
+    assert (done.stdout, done.stderr) == (b"", b"")
 
 
 @FORK
