@@ -4,7 +4,16 @@ python inference.py                    the clips of the test folder -> submissio
 python inference.py a.wav clips/ ...   files, folders, patterns -> a CSV with probabilities on stdout
 """
 
-from config import RESUMABLE_FIELDS, SPLIT_FIELDS, Config, UserError, command, parse_runtime_config, say
+from config import (
+    RESUMABLE_FIELDS,
+    SPLIT_FIELDS,
+    Config,
+    UserError,
+    command,
+    parse_runtime_config,
+    printable,
+    say,
+)
 
 if __name__ == "__main__":
     # Answers --help and refuses a bad flag at once: torch takes seconds to load.
@@ -18,7 +27,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -33,11 +42,17 @@ from prepare import (
     iter_features,
     make_demo,
     report_failures,
+    report_warnings,
 )
 
-Prediction: TypeAlias = tuple[
-    Path, FloatArray | AudioError
-]  # a file and its class probabilities (C,), or the reason
+
+class Prediction(NamedTuple):
+    """What became of one file."""
+
+    path: Path
+    result: FloatArray | AudioError  # its class probabilities (C,), or why there are none
+    warning: str  # what is odd about its audio; "" if nothing is
+
 
 # ---- which clips ----------------------------------------------------------------------------------------
 
@@ -47,10 +62,11 @@ def find_test_clips(test_dir: Path) -> list[Path]:
 
     Raises:
         UserError: There are none, or two have the same name, or a name cannot be written to a CSV.
+        OSError: A folder cannot be listed: its clips would be missing without a word.
     """
     if not test_dir.is_dir():
         raise UserError(f"no test folder {test_dir}: pass --test_dir DIR, or name files to label")
-    paths = sorted(map(Path, find_audio(test_dir)), key=_natural_key)
+    paths = sorted(map(Path, find_audio(test_dir, strict=True)), key=_natural_key)
     if not paths:
         raise UserError(f"no audio files below {test_dir}")
     counts = Counter(path.name for path in paths)
@@ -67,6 +83,7 @@ def expand_paths(arguments: Sequence[str]) -> list[Path]:
 
     Raises:
         UserError: An argument leads to no file, or a name cannot be written to a CSV.
+        OSError: A folder cannot be listed.
     """
     paths: list[Path] = []
     for argument in arguments:
@@ -75,7 +92,8 @@ def expand_paths(arguments: Sequence[str]) -> list[Path]:
         # Path.glob refuses absolute patterns.
         matches = [argument] if Path(argument).exists() else sorted(glob.glob(argument, recursive=True))  # noqa: PTH207
         for match in map(Path, matches):
-            paths += sorted(map(Path, find_audio(match)), key=_natural_key) if match.is_dir() else [match]
+            found = map(Path, find_audio(match, strict=True)) if match.is_dir() else [match]
+            paths += sorted(found, key=_natural_key)
         if not matches:
             raise UserError(f"{argument}: no such file or folder")
     if not paths:
@@ -122,7 +140,10 @@ def _predict_batch(
         with torch.inference_mode():
             rows = iter(model(torch.from_numpy(np.stack(clips)).to(device)).softmax(dim=1).cpu().numpy())
     for result in batch:
-        yield result.path, (next(rows) if isinstance(result, ClipFeatures) else result)
+        if isinstance(result, ClipFeatures):
+            yield Prediction(result.path, next(rows), result.warning)
+        else:
+            yield Prediction(result.path, result, "")
 
 
 # ---- submission -----------------------------------------------------------------------------------------
@@ -198,14 +219,18 @@ def submit(checkpoint: Checkpoint, model: Network, cfg: Config, device: torch.de
 
     rows: list[tuple[str, str]] = []
     failures: list[AudioError] = []
-    for path, result in tqdm(
+    warnings: list[tuple[Path, str]] = []
+    for path, result, warning in tqdm(
         predict(model, paths, cfg=cfg, device=device), "clips", len(paths), disable=None
     ):
+        if warning:
+            warnings.append((path, warning))
         if isinstance(result, AudioError):
             failures.append(result)
             rows.append((path.name, cfg.fill))
         else:
             rows.append((path.name, labels[int(result.argmax())]))
+    report_warnings(warnings)
     report_failures(failures)
     if failures and not cfg.fill:
         raise UserError(
@@ -217,7 +242,7 @@ def submit(checkpoint: Checkpoint, model: Network, cfg: Config, device: torch.de
     if failures:
         say(f"warning: {len(failures)} of {n_rows} rows are not predictions but filled with {cfg.fill}")
     verdict = f"; ids not as in {sample}" if differences else f", ids as in {sample}" if sample else ""
-    print(f"{n_rows} rows in {cfg.submission}{verdict}")
+    print(printable(f"{n_rows} rows in {cfg.submission}{verdict}"))
     return 1 if differences else 0
 
 
@@ -229,13 +254,18 @@ def label_paths(
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow([*HEADER, "confidence", *checkpoint.labels])
     failures: list[AudioError] = []
-    for path, result in predict(model, paths, cfg=cfg, device=device):
+    warnings: list[tuple[Path, str]] = []
+    for path, result, warning in predict(model, paths, cfg=cfg, device=device):
+        if warning:
+            warnings.append((path, warning))
         if isinstance(result, AudioError):
             failures.append(result)
             continue
         probabilities = [f"{probability:.4f}" for probability in result]
         best = int(result.argmax())
-        writer.writerow([path, checkpoint.labels[best], probabilities[best], *probabilities])
+        name = printable(str(path)) if sys.stdout.isatty() else path  # in a file or a pipe: to the byte
+        writer.writerow([name, checkpoint.labels[best], probabilities[best], *probabilities])
+    report_warnings(warnings)
     report_failures(failures)
     return 1 if failures else 0
 

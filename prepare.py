@@ -5,7 +5,7 @@
 fills the cache and prints clips and seconds per class, and what was skipped and why.
 """
 
-from config import Config, UserError, command, parse_config, say
+from config import Config, UserError, command, parse_config, printable, say
 
 if __name__ == "__main__":
     # Answers --help and refuses a bad flag at once: torch takes seconds to load.
@@ -13,6 +13,7 @@ if __name__ == "__main__":
 
 import contextlib
 import csv
+import ctypes
 import functools
 import gc
 import hashlib
@@ -76,14 +77,23 @@ class AudioError(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def find_audio(folder: Path) -> list[str]:
+def find_audio(folder: Path, *, strict: bool = False) -> list[str]:
     """List the audio files at any depth below a folder, sorted, without hidden files and linked folders.
 
     Files in formats that cannot be decoded are listed too, so that they are reported and not overlooked.
+
+    Raises:
+        OSError: A folder cannot be listed; unless strict, it is skipped and named on stderr.
     """
+
+    def skip(error: OSError) -> None:
+        if strict:
+            raise error
+        say(f"skipped {error}")
+
     known = AUDIO_SUFFIXES | FOREIGN_SUFFIXES
     found: list[str] = []
-    for parent, folders, files in os.walk(folder, onerror=lambda error: say(f"skipped {error}")):
+    for parent, folders, files in os.walk(folder, onerror=skip):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         audio = [name for name in files if name[name.rfind(".") :].lower() in known and name[0] != "."]
         found += [f"{parent}{os.sep}{name}" for name in audio]
@@ -105,9 +115,9 @@ def find_labels(data_dir: Path, *, skip: Path | None = None) -> tuple[str, ...]:
             f"no data folder {data_dir}: give one with a folder of clips per emotion, or try --demo"
         )
     folders = [p for p in data_dir.iterdir() if p.is_dir() and not p.name.startswith((".", "__MACOSX"))]
-    labels = sorted(
-        p.name for p in folders if p.name.lower() != "test" and p.resolve() != (skip and skip.resolve())
-    )
+    # A link to a folder that data_dir is in would make every clip one of another class as well.
+    others = [data_dir.resolve(), *data_dir.resolve().parents, skip and Path(os.path.realpath(skip))]
+    labels = sorted(p.name for p in folders if p.name.lower() != "test" and p.resolve() not in others)
     if not labels:
         raise UserError(f"no class folders in {data_dir}: expected one folder of clips per emotion")
     return tuple(labels)
@@ -156,7 +166,7 @@ _share_source = functools.lru_cache(Source)  # one object for all clips of a spe
 # ---- audio ----------------------------------------------------------------------------------------------
 
 
-def load_audio(path: Path, *, sample_rate: int, n_samples: int) -> FloatArray:
+def load_audio(path: Path, *, sample_rate: int, n_samples: int) -> tuple[FloatArray, str]:
     """Read the start of an audio file as mono float32 at the given rate.
 
     Channels are averaged, then resampled with soxr's HQ recipe, as librosa.load does. No more of the file is
@@ -168,7 +178,7 @@ def load_audio(path: Path, *, sample_rate: int, n_samples: int) -> FloatArray:
         n_samples: Most samples to return.
 
     Returns:
-        (n,) float32 in about [-1, 1], 0 < n <= n_samples.
+        (n,) float32 in about [-1, 1], 0 < n <= n_samples, and what is odd about it: "" if nothing is.
 
     Raises:
         AudioError: The file is missing, no regular file, no audio, empty, or not finite.
@@ -178,8 +188,11 @@ def load_audio(path: Path, *, sample_rate: int, n_samples: int) -> FloatArray:
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
             raise AudioError(path, "not a regular file")
+        path.open("rb").close()  # the system says why it will not; libsndfile would say "System error."
         # As bytes, since soundfile encodes text strictly, and a name need not be UTF-8. Windows wants text.
-        with soundfile.SoundFile(path if sys.platform == "win32" else os.fsencode(path)) as file:
+        # Absolute, since "-" would be the standard input.
+        name = path if sys.platform == "win32" else os.fsencode(path.absolute())
+        with soundfile.SoundFile(name) as file:
             rate, channels = file.samplerate, file.channels
             if not 1000 <= rate <= 768_000 or channels > 16:
                 raise AudioError(
@@ -187,19 +200,116 @@ def load_audio(path: Path, *, sample_rate: int, n_samples: int) -> FloatArray:
                 )
             margin = 1024 * max(1, rate / sample_rate)  # for the resampler, which looks ahead
             wanted = math.ceil(n_samples * rate / sample_rate + margin)
-            samples = file.read(wanted, dtype="float32", always_2d=True)
+            samples, cut = read_samples(file, path, wanted)
     except OSError as error:
         raise AudioError(path, error.strerror or str(error)) from None
     except soundfile.SoundFileError as error:
-        raise AudioError(path, str(error).rpartition(": ")[2] or "not audio") from None
-    wave: FloatArray = samples.mean(axis=1) if channels > 1 else samples[:, 0]
+        raise AudioError(path, _reason(error)) from None
+    with np.errstate(over="ignore", invalid="ignore"):  # 1e38 overflows to what is refused below
+        wave: FloatArray = samples.mean(axis=1) if channels > 1 else samples[:, 0]
+        silence = _silence(wave, samples) if wave.size else ""
     if not np.isfinite(wave).all():
         raise AudioError(path, "holds NaN or infinite samples")
     if rate != sample_rate:
         wave = soxr.resample(wave, rate, sample_rate, quality="HQ")
     if wave.size == 0:
         raise AudioError(path, "holds no samples")
-    return wave[:n_samples]
+    return wave[:n_samples], "; ".join(filter(None, [cut, silence]))
+
+
+def _reason(error: soundfile.SoundFileError) -> str:
+    """The words of libsndfile, without the name of the file; those on a short mp3 are wrong."""
+    reason = str(error).rpartition(": ")[2]
+    return "not audio" if not reason or "possibly a pipe" in reason else reason
+
+
+def _silence(wave: FloatArray, samples: FloatArray) -> str:
+    """Say if there is nothing to hear in a wave (n,), the mean of samples (n, channels); else ""."""
+    # At -40 dB, since few coders keep opposite channels exactly so; a wide recording stays above -20.
+    if samples.shape[1] > 1 and wave.std() < 0.01 * samples.std(axis=0).max():
+        return "silent: its channels cancel out"
+    return "silent" if np.ptp(wave) < 1e-4 else ""  # three steps of 16 bits; an offset cannot be heard
+
+
+def read_samples(file: soundfile.SoundFile, path: Path, wanted: int) -> tuple[FloatArray, str]:
+    """Read the first `wanted` frames, or all there are: (n, channels) float32, and what is missing or "".
+
+    Raises:
+        soundfile.SoundFileError: It is damaged from the first sample on.
+    """
+    # As long as we want it, not as the header claims. NaN tells what was not written, if it comes to that.
+    buffer = np.full((wanted, file.channels), np.nan, np.float32)
+    try:
+        samples = file.read(out=buffer)
+    except soundfile.SoundFileError as error:  # a cut FLAC: use what came before
+        samples = buffer[: np.append(np.isnan(buffer[:, -1]), True).argmax()]
+        if not samples.size:
+            raise
+        if "psf_fseek" in str(error):  # all is read; soundfile only cannot stay at the end of a piped FLAC
+            return samples, ""
+        return samples, f"unreadable after {len(samples) / file.samplerate:.2f} s: {_reason(error)}"
+    return samples, _shortage(file, path, len(samples)) if len(samples) < wanted else ""
+
+
+# What libsndfile notes about samples that should be longer than the file.
+_SIZES = re.compile(r"^ *(?:data|SSND|Data Size) *: (\d+) \(should be (\d+)\)", re.MULTILINE)
+
+
+def _shortage(file: soundfile.SoundFile, path: Path, n_read: int) -> str:
+    """Say if there were more than the n_read frames once, as far as the file tells; else ""."""
+    if file.format == "OGG":  # knows no length in advance
+        return "" if _has_last_page(path) else "truncated: the end of the stream is missing"
+    promised = file.frames
+    if sizes := _SIZES.search(file.extra_info):
+        claimed, real = map(int, sizes.groups())
+        if claimed < 0x7FFF0000:  # else it was recorded into a pipe, and the length not known
+            promised = n_read * claimed // max(1, real)
+    if promised - n_read <= 0.05 * file.samplerate:  # decoders drop an odd frame
+        return ""
+    if file.subtype.startswith("MPEG"):
+        with path.open("rb") as raw:
+            head = raw.read(1 << 16)
+        if b"Xing" not in head and b"Info" not in head:  # no length in it: libsndfile guessed
+            return ""
+    return f"truncated: {n_read / file.samplerate:,.2f} of {promised / file.samplerate:,.2f} s"
+
+
+def _has_last_page(path: Path) -> bool:
+    """Whether an Ogg file ends with a whole page that is marked as its last."""
+    with path.open("rb") as raw:
+        raw.seek(max(0, path.stat().st_size - (1 << 16)))  # no page is longer
+        tail = raw.read()
+    page = tail[tail.rfind(b"OggS") :]
+    return (
+        len(page) >= 27 and len(page) >= 27 + page[26] + sum(page[27 : 27 + page[26]]) and bool(page[5] & 4)
+    )
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Keep decoders from writing to stderr, as mpg123 does of a cut mp3, and to stdout, among our results."""
+    try:
+        for stream in (1, 2):
+            os.fstat(stream)
+        saved = {stream: os.dup(stream) for stream in (1, 2)}
+    except OSError:  # one is closed, and its number goes to whatever is opened next
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:  # noqa: PTH123
+            for stream in saved:
+                os.dup2(nowhere.fileno(), stream)
+        yield
+    finally:
+        _c_library().fflush(None)  # C keeps what it prints to a pipe until the end of the process
+        for stream, copy in saved.items():
+            os.dup2(copy, stream)
+            os.close(copy)
+
+
+@functools.cache
+def _c_library() -> ctypes.CDLL:
+    return ctypes.CDLL("msvcrt" if sys.platform == "win32" else None)
 
 
 # ---- features -------------------------------------------------------------------------------------------
@@ -389,6 +499,7 @@ class ClipFeatures(NamedTuple):
     features: FloatArray  # (n_features, n_frames)
     seconds: float  # of audio in it, at most cfg.duration
     digest: str  # equal for clips that sound the same to the network
+    warning: str = ""  # what is odd about the audio, as that it is silent
 
 
 CHUNK = 32  # files per task of a worker: long enough to hide the task's own cost
@@ -402,13 +513,13 @@ def extract_file(path: Path, cfg: Config) -> ClipFeatures:
     Raises:
         AudioError: The file cannot be used.
     """
-    wave = load_audio(path, sample_rate=cfg.sample_rate, n_samples=cfg.n_samples)
+    wave, warning = load_audio(path, sample_rate=cfg.sample_rate, n_samples=cfg.n_samples)
     # One clip at a time: it fits the processor's cache, and its features cannot depend on its neighbours.
     features = extract_features(torch.from_numpy(wave)[None], cfg)[0].numpy()
     if not np.isfinite(features).all():
         raise AudioError(path, f"samples as large as {np.abs(wave).max():.0e}: features are not finite")
     digest = hashlib.sha256(features.tobytes()).hexdigest()[:32]
-    return ClipFeatures(path, features, wave.size / cfg.sample_rate, digest)
+    return ClipFeatures(path, features, wave.size / cfg.sample_rate, digest, warning)
 
 
 def iter_features(
@@ -418,9 +529,9 @@ def iter_features(
 
     A file whose decoder crashes costs itself only: its worker dies, and its chunk is tried again in parts.
     """
-    n_workers = min(n_processes(cfg), len(paths) // CHUNK)
+    n_workers = min(n_processes(cfg), -(-len(paths) // CHUNK))
     chunks = deque(paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK))
-    if n_workers < 2:  # not worth the start of a process
+    if n_workers < (1 if START_METHOD == "fork" else 2):  # elsewhere the start of one takes seconds
         for chunk in chunks:
             yield from _extract_chunk(chunk, cfg)
         return
@@ -452,11 +563,12 @@ def n_processes(cfg: Config) -> int:
 
 def _extract_chunk(paths: Sequence[str | Path], cfg: Config) -> list[ClipFeatures | AudioError]:
     results: list[ClipFeatures | AudioError] = []
-    for path in paths:
-        try:
-            results.append(extract_file(Path(path), cfg))
-        except AudioError as error:
-            results.append(error)
+    with silenced():
+        for path in paths:
+            try:
+                results.append(extract_file(Path(path), cfg))
+            except AudioError as error:
+                results.append(error)
     return results
 
 
@@ -532,6 +644,10 @@ def cache_key(cfg: Config) -> str:
     """Name the settings, the code and the libraries that shape the features, in 16 hex digits."""
     code: list[Callable[..., object]] = [
         load_audio,
+        read_samples,
+        _silence,
+        _shortage,
+        _has_last_page,
         hann_window,
         to_mel,
         to_hertz,
@@ -557,6 +673,7 @@ class Prepared(NamedTuple):
     seconds: FloatArray  # (N,)
     digests: list[str]  # N
     failures: list[AudioError]
+    warnings: list[tuple[Path, str]]  # of files that are used although something is odd about them
 
 
 def load_features(paths: Sequence[str | Path], cfg: Config) -> Prepared:
@@ -578,7 +695,8 @@ def load_features(paths: Sequence[str | Path], cfg: Config) -> Prepared:
         raise UserError(f"none of {len(paths)} audio files can be read: {'; '.join(map(str, failures[:3]))}")
     features = FeatureArray(index.shards, index.where[found], (cfg.n_features, cfg.n_frames))
     digests = [index.digests[number] for number in found]
-    return Prepared(found, features, index.seconds[found], digests, sorted(failures, key=str))
+    warnings = [(Path(paths[number]), index.warnings[number]) for number in sorted(index.warnings)]
+    return Prepared(found, features, index.seconds[found], digests, sorted(failures, key=str), warnings)
 
 
 class CacheRow(NamedTuple):
@@ -589,6 +707,7 @@ class CacheRow(NamedTuple):
     mtime_ns: int
     seconds: float
     digest: str
+    warning: str
 
 
 class CacheIndex:
@@ -623,6 +742,7 @@ class CacheIndex:
         self.where = np.full((len(self.paths), 2), -1, np.int64)  # number of the shard, row in it
         self.seconds = np.zeros(len(self.paths), np.float32)
         self.digests = [""] * len(self.paths)
+        self.warnings: dict[int, str] = {}
 
     def take(self, shard: Path, rows: Iterable[CacheRow]) -> None:
         """Note the rows of a shard that belong to our files as they are now."""
@@ -631,6 +751,8 @@ class CacheIndex:
             if number is not None and (self._sizes[number], self._times[number]) == (row.size, row.mtime_ns):
                 self.where[number] = len(self.shards), place
                 self.seconds[number], self.digests[number] = row.seconds, row.digest
+                if row.warning:
+                    self.warnings[number] = row.warning
         self.shards.append(shard)
 
     @property
@@ -640,8 +762,8 @@ class CacheIndex:
 
     def row(self, path: str, features: ClipFeatures) -> CacheRow:
         """What a table shall say of a file; its absolute path says which."""
-        number = self._number[path]
-        return CacheRow(path, self._sizes[number], self._times[number], features.seconds, features.digest)
+        size, mtime_ns = self._sizes[self._number[path]], self._times[self._number[path]]
+        return CacheRow(path, size, mtime_ns, features.seconds, features.digest, features.warning)
 
 
 def _read_tables(folder: Path, cfg: Config) -> Iterator[tuple[Path, list[CacheRow] | str]]:
@@ -788,6 +910,7 @@ def load_corpus(cfg: Config) -> Corpus:
             say(f"note: {path} is in no class folder: left out")
     prepared = load_features([clip.path for clip in clips], cfg)
     report_failures(prepared.failures)
+    report_warnings(prepared.warnings)
     if len(prepared.failures) > MAX_UNREADABLE * len(clips):
         raise UserError(
             f"{len(prepared.failures)} of {len(clips)} audio files cannot be read, more than one in ten: "
@@ -843,6 +966,14 @@ def report_failures(failures: Sequence[AudioError]) -> None:
     if failures:
         more = f", {len(failures) - 20} of them not shown" if len(failures) > 20 else ""
         say(f"skipped {len(failures)} unreadable file(s){more}")
+
+
+def report_warnings(warnings: Sequence[tuple[Path, str]]) -> None:
+    """Name the files that were used but are odd, the first twenty of many."""
+    for path, warning in warnings[:20]:
+        say(f"used {path}: {warning}")
+    if len(warnings) > 20:
+        say(f"used {len(warnings)} odd files, {len(warnings) - 20} of them not shown")
 
 
 def _report_duplicates(clips: Sequence[Clip], digests: Sequence[str]) -> None:
@@ -1241,9 +1372,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     corpus = load_corpus(cfg)
     seconds = np.bincount(corpus.targets, corpus.prepared.seconds)
     counts = np.bincount(corpus.targets)
-    width = max(len("total"), *map(len, corpus.labels))
+    names = [printable(label) for label in corpus.labels]
+    width = max(len("total"), *map(len, names))
     print(f"{'class':{width}}  clips  seconds")
-    for row in zip(corpus.labels, counts, seconds, strict=True):
+    for row in zip(names, counts, seconds, strict=True):
         print("{:{width}}  {:5d}  {:7.0f}".format(*row, width=width))
     print(f"{'total':{width}}  {counts.sum():5d}  {seconds.sum():7.0f}")
     for folder in sorted(path for path in Path(cfg.cache_dir).iterdir() if path.is_dir()):

@@ -138,7 +138,7 @@ def feature_rows(paths: Sequence[Path], cfg: Config, scratch: Path, repeats: int
     paths = paths[:100]
     waves = [
         librosa.util.fix_length(
-            load_audio(path, sample_rate=cfg.sample_rate, n_samples=cfg.n_samples), size=cfg.n_samples
+            load_audio(path, sample_rate=cfg.sample_rate, n_samples=cfg.n_samples)[0], size=cfg.n_samples
         )
         for path in paths
     ]

@@ -48,6 +48,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
         checkpoint=str(folder / "best.pth"),
         conv_channels=8,
         gru_hidden=16,
+        ensemble=1,
         dropout=0.0,
         batch_size=8,
         epochs=40,
@@ -258,6 +259,47 @@ def test_unreadable_file_among_others(clips: Path, capfd: pytest.CaptureFixture[
     assert "1.wav" in err
 
 
+@pytest.mark.parametrize("arguments", [[], [TEST]], ids=["submission", "table"])
+def test_odd_clips_are_used_and_named(
+    arguments: list[Path], clips: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Cut and silent clips were labelled like any other, without a word."""
+    content = (clips / "2.wav").read_bytes()
+    (clips / "2.wav").write_bytes(content[: len(content) // 2])
+    soundfile.write(clips / "10.wav", np.zeros(RATE), RATE)
+    assert label(*arguments) == 0
+    out, err = capfd.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("used ")]
+    assert lines == [f"used {TEST}/2.wav: truncated: 0.50 of 1.00 s", f"used {TEST}/10.wav: silent"]
+    if arguments:
+        assert len(out.splitlines()) == 6
+    else:
+        assert len(submission()) == 5
+
+
+@pytest.mark.parametrize("arguments", [[], [TEST]], ids=["submission", "table"])
+@pytest.mark.usefixtures("clips")
+def test_folder_that_cannot_be_listed(
+    arguments: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Its clips would be missing from the submission, with exit code 0."""
+    scandir = os.scandir
+
+    def refuse(folder: str) -> object:
+        if Path(folder).name == "a":
+            raise PermissionError(13, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert label(*arguments) == 1
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.splitlines()[-1] == f"error: {TEST}/a: Permission denied"
+    assert not Path("submission.csv").exists()
+
+
 # ---- names ----------------------------------------------------------------------------------------------
 
 NFC, NFD = (unicodedata.normalize(form, "é.wav") for form in ("NFC", "NFD"))
@@ -328,6 +370,24 @@ def test_name_that_no_csv_can_hold_is_refused(
     assert label(*arguments) == 2
     assert shown in capfd.readouterr().err
     assert not Path("submission.csv").exists()
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_terminal_escapes_are_shown_on_a_terminal(
+    is_terminal: bool, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A name must not clear the screen or set its title; in a pipe it stays what it is."""
+    name = "\x1b]0;owned\x07\n.wav"
+    write_tone(home / TEST / name, "Neutral")
+    write_tone(home / TEST / "x\x1b[2J" / "bad.wav", "Neutral")
+    (home / TEST / "x\x1b[2J" / "bad.wav").write_bytes(b"")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: is_terminal)
+    assert label(TEST) == 1
+    out, err = capsys.readouterr()
+    assert ("\x1b" in out) is not is_terminal
+    assert (r"\x1b]0;owned\x07\n.wav" in out) is is_terminal
+    assert "\x1b" not in err
+    assert r"x\x1b[2J/bad.wav: " in err
 
 
 def test_one_name_in_two_folders_is_refused(clips: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,7 @@
 """Finding, reading, extracting, caching and splitting clips, against librosa, SciPy and NumPy."""
 
+import contextlib
+import errno
 import functools
 import itertools
 import json
@@ -7,9 +9,13 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import select
 import shutil
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -52,6 +58,7 @@ from prepare import (
     write_demo,
 )
 
+from . import fuzz
 from .conftest import RATE, tone
 
 FORK = pytest.mark.skipif(prepare.START_METHOD != "fork", reason="the patch reaches workers by fork alone")
@@ -94,7 +101,7 @@ def extracted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     def recording(paths: Sequence[Path], cfg: Config) -> Iterator[ClipFeatures | AudioError]:
-        names.extend(path.name for path in paths)
+        names.extend(Path(path).name for path in paths)
         return iter_features(paths, cfg)
 
     monkeypatch.setattr(prepare, "iter_features", recording)
@@ -160,6 +167,17 @@ def test_find_labels_leaves_out_the_test_folder(tmp_path: Path, monkeypatch: pyt
     assert find_labels(Path("data"), skip=Path("elsewhere")) == ("Angry", "unlabelled")
 
 
+def test_links_to_themselves_are_no_classes(tmp_path: Path) -> None:
+    """Every clip would be one of the class "all" as well."""
+    data = tmp_path / "data"
+    touch(data, "Angry/a.wav")
+    (tmp_path / "elsewhere").mkdir()
+    for name, target in {"all": ".", "above": "..", "loop": "loop", "Sad": "../elsewhere"}.items():
+        (data / name).symlink_to(target, target_is_directory=True)
+    assert find_labels(data) == ("Angry", "Sad")
+    assert find_labels(data, skip=data / "loop") == ("Angry", "Sad")
+
+
 @pytest.mark.parametrize("made", ["", "file", "Test", ".hidden"])
 def test_find_labels_without_classes(made: str, tmp_path: Path) -> None:
     folder = tmp_path / "data"
@@ -216,7 +234,12 @@ def test_source_of(stem: str, corpus: str, speaker: str) -> None:
 
 # ---- audio ----------------------------------------------------------------------------------------------
 
-load = functools.partial(load_audio, sample_rate=RATE, n_samples=66150)
+
+def load(path: Path, n_samples: int = 66150) -> np.ndarray:
+    """The samples alone."""
+    return load_audio(path, sample_rate=RATE, n_samples=n_samples)[0]
+
+
 FORMATS = [  # (suffix, rate, channels, options of soundfile.write)
     ("wav", 22050, 1, {}),
     ("wav", 8000, 2, {}),
@@ -266,16 +289,16 @@ def test_only_the_start_of_a_long_file_is_read(
     The margin was counted in samples of the result: 46 of the file at 1,000 Hz, too few for the resampler.
     """
     path = write_noise(tmp_path / "long.wav", seconds=6, rate=rate)
-    whole = load_audio(path, sample_rate=RATE, n_samples=10**9)[:n_samples]
+    whole = load(path, 10**7)[:n_samples]
     asked = []
     read = soundfile.SoundFile.read
 
-    def spy(file: soundfile.SoundFile, frames: int, **options: Any) -> np.ndarray:
-        asked.append(frames)
-        return read(file, frames, **options)
+    def spy(file: soundfile.SoundFile, *, out: np.ndarray) -> np.ndarray:
+        asked.append(len(out))
+        return read(file, out=out)
 
     monkeypatch.setattr(soundfile.SoundFile, "read", spy)
-    start = load_audio(path, sample_rate=RATE, n_samples=n_samples)
+    start = load(path, n_samples)
     np.testing.assert_allclose(start, whole, rtol=0, atol=1e-6)
     assert start.size == n_samples
     assert 0 <= sum(asked) - n_samples * rate / RATE <= 2048 * max(1, rate / RATE)
@@ -296,6 +319,11 @@ def forbid(path: Path) -> None:
     write_noise(path).chmod(0)
 
 
+def make_socket(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
 BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {  # (file name, how to make it, reason)
     "empty": ("a.wav", Path.touch, ""),
     "cut header": ("a.wav", cut_header, ""),
@@ -305,9 +333,16 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {  # (file nam
     "folder": ("a.wav", Path.mkdir, "not a regular file"),
     "missing": ("a.wav", lambda _: None, "No such file"),
     "dangling link": ("a.wav", lambda path: path.symlink_to("nowhere.wav"), "No such file"),
-    "no permission": ("a.wav", forbid, ""),
+    "loop of links": ("a.wav", lambda path: path.symlink_to("a.wav"), "Too many levels of symbolic links"),
+    "link to a device": ("a.wav", lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    "socket": ("a.wav", make_socket, "not a regular file"),
+    "name too long": (300 * "a" + ".wav", lambda _: None, "File name too long"),
+    "no permission": ("a.wav", forbid, "Permission denied"),
+    "png": ("a.wav", lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(99)), "not recognised"),
     "NaN": ("a.wav", lambda path: write_wave(path, [0.1, np.nan, 0.2] * 999), "NaN"),
     "infinite": ("a.wav", lambda path: write_wave(path, [0.1, -np.inf, 0.2] * 999), "infinite"),
+    "no header of its own": ("a.mp3", lambda path: path.write_bytes(bytes(99)), "not audio"),
+    "overflow of the mean": ("a.wav", lambda path: write_wave(path, np.full((99, 2), 3e38)), "infinite"),
     "huge": ("a.wav", lambda path: write_wave(path, [1e30, -1e30] * 999), "samples as large as 1e+30"),
     "no samples": ("a.wav", lambda path: write_wave(path, []), "no samples"),
     "17 channels": ("a.wav", lambda path: write_wave(path, np.zeros((999, 17))), "17 channels"),
@@ -330,6 +365,116 @@ def test_bad_file(name: str, make: Callable[[Path], object], reason: str, tmp_pa
     assert reason in raised.value.reason
 
 
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EIO, errno.ESTALE])
+def test_file_that_cannot_be_opened(code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the words of the system: those of libsndfile were "System error."."""
+    path = write_noise(tmp_path / "a.wav")
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code), str(path))
+
+    monkeypatch.setattr(Path, "open", fail)
+    with pytest.raises(AudioError, match=f"a.wav: {os.strerror(code)}$"):
+        load(path)
+
+
+def test_folder_that_cannot_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Is named, with its name made safe; the others are listed."""
+    touch(tmp_path, "a/x.wav", "b\x1b[2J/x.wav")
+    scandir = os.scandir
+
+    def refuse(folder: str) -> Any:
+        if Path(folder).name.startswith("b"):
+            raise PermissionError(errno.EACCES, "Permission denied", folder)
+        return scandir(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert find_audio(tmp_path) == [tmp_path / "a" / "x.wav"]
+    err = capsys.readouterr().err
+    assert "skipped" in err
+    assert "Permission denied" in err
+    assert r"b\x1b[2J" in err
+    assert "\x1b" not in err
+    with pytest.raises(PermissionError):
+        find_audio(tmp_path, strict=True)
+
+
+def test_a_file_named_as_standard_input_is_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The decoder would take it for the standard input, and wait."""
+    monkeypatch.chdir(tmp_path)
+    write_noise(tmp_path / "a.wav").rename("-")
+    assert load(Path("-")).size > 0
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are shorter on Windows")
+def test_a_path_too_long_for_libsndfile_is_refused(tmp_path: Path) -> None:
+    """It takes 1,023 bytes, the system four times that."""
+    folder = tmp_path.joinpath(*[200 * "a"] * 6)
+    folder.mkdir(parents=True)
+    path = write_noise(tmp_path / "a.wav").rename(folder / "a.wav")
+    with pytest.raises(AudioError, match="too long"):
+        load(path)
+
+
+@pytest.mark.parametrize("suffix", sorted(prepare.FOREIGN_SUFFIXES))
+def test_foreign_formats_are_named(suffix: str, tmp_path: Path) -> None:
+    """They are listed, so that they are not overlooked, and refused without being opened."""
+    path = tmp_path / f"a{suffix}"
+    os.mkfifo(path)
+    assert find_audio(tmp_path) == [path]
+    with pytest.raises(AudioError, match=rf"{suffix} cannot be decoded: convert it to wav"):
+        load(path)
+
+
+def an_hour_of_silence(path: Path) -> None:
+    soundfile.write(path, np.zeros(3600 * 8000, np.int16), 8000, format="FLAC")
+    assert path.stat().st_size < 300_000
+
+
+def lying_flac(path: Path) -> None:
+    write_noise(path, format="FLAC")
+    put(path, 21, bytes([path.read_bytes()[21] | 0x0F, *[0xFF] * 4]))
+    assert soundfile.info(path).frames == 2**36 - 1
+
+
+def lying_wav(path: Path) -> None:
+    write_noise(path)
+    put(path, 40, (0x7FFE0000).to_bytes(4, "little"))
+
+
+def lying_au(path: Path) -> None:
+    write_noise(path, format="AU")
+    put(path, 8, (0x7FFE0000).to_bytes(4, "big"))
+
+
+def most_channels_and_samples(path: Path) -> None:
+    soundfile.write(path, np.ones((int(3.2 * 768_000), 16), np.int16), 768_000, "PCM_U8", format="WAV")
+
+
+@FORK
+@pytest.mark.parametrize(
+    ("make", "megabytes", "kind"),
+    [
+        (an_hour_of_silence, 50, "warned"),
+        (lying_flac, 50, "used"),
+        (lying_wav, 50, "warned"),
+        (lying_au, 50, "warned"),
+        (most_channels_and_samples, 400, "warned"),
+    ],
+)
+def test_time_and_memory_are_bounded(
+    make: Callable[[Path], None], megabytes: int, kind: str, tmp_path: Path
+) -> None:
+    """By the length of a clip, not by what the file holds or claims."""
+    make(tmp_path / "a.wav")
+    [outcome] = fuzz.examine_all([tmp_path / "a.wav"], Config())
+    assert outcome.kind == kind
+    assert outcome.seconds < 1
+    assert outcome.megabytes < megabytes
+
+
 @pytest.mark.parametrize("channels", [1, 2, 16])
 @pytest.mark.parametrize("rate", [1000, 768_000])
 def test_odd_but_allowed(channels: int, rate: int, tmp_path: Path) -> None:
@@ -339,13 +484,278 @@ def test_odd_but_allowed(channels: int, rate: int, tmp_path: Path) -> None:
     assert wave[wave.size // 2] == pytest.approx(0.25, abs=0.01)
 
 
-def test_a_cut_file_gives_what_it_has(tmp_path: Path) -> None:
-    path = write_noise(tmp_path / "a.wav", seconds=1)
+def cut(path: Path, share: float) -> None:
+    """Leave the first part of a file."""
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+
+
+def warning_of(path: Path) -> str:
+    return load_audio(path, sample_rate=RATE, n_samples=66150)[1]
+
+
+CUT = [  # (suffix, options of soundfile.write, how the warning begins)
+    ("wav", {}, "truncated: "),
+    ("wav", {"subtype": "FLOAT"}, "truncated: "),
+    ("wav", {"subtype": "IMA_ADPCM"}, "truncated: "),
+    ("wav", {"subtype": "ULAW"}, "truncated: "),
+    ("aiff", {}, "truncated: "),
+    ("au", {}, "truncated: "),
+    ("mp3", {}, "truncated: "),
+    ("flac", {}, "unreadable after "),
+    ("ogg", {}, "truncated: the end of the stream is missing"),
+    ("opus", {"format": "OGG", "subtype": "OPUS"}, "truncated: the end of the stream is missing"),
+]
+
+
+@pytest.mark.parametrize(("suffix", "options", "warning"), CUT, ids=str)
+def test_a_cut_file_gives_what_it_has(
+    suffix: str, options: dict[str, str], warning: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And says so itself: mpg123 wrote to the terminal, and a cut FLAC was refused as a whole."""
+    path = write_noise(tmp_path / f"a.{suffix}", seconds=2.5, rate=48000, **options)
+    whole, nothing = load_audio(path, sample_rate=RATE, n_samples=66150)
+    cut(path, 0.7)
+    part, told = load_audio(path, sample_rate=RATE, n_samples=66150)
+    assert nothing == ""
+    assert told.startswith(warning)
+    assert 0.3 < part.size / whole.size < 0.8
+    # The resampler has nothing to look ahead to at the cut; IMA ADPCM decodes half a block differently.
+    same = part.size - (2000 if suffix == "wav" else 200)
+    np.testing.assert_allclose(part[:same], whole[:same], rtol=0, atol=1e-5)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_warning_tells_how_much_is_there(tmp_path: Path) -> None:
+    path = write_noise(tmp_path / "a.wav", seconds=2)
+    cut(path, 0.5)
+    assert warning_of(path) == "truncated: 1.00 of 2.00 s"
+    write_noise(path, seconds=2, format="FLAC")
+    cut(path, 0.9)
+    assert warning_of(path) == f"unreadable after {load(path).size / RATE:.2f} s: flac decoder lost sync."
+
+
+@pytest.mark.parametrize(("suffix", "options", "_"), CUT, ids=str)
+def test_a_cut_beyond_what_is_used_does_not_matter(
+    suffix: str, options: dict[str, str], _: str, tmp_path: Path
+) -> None:
+    path = write_noise(tmp_path / f"a.{suffix}", seconds=9, rate=48000, **options)
     whole = load(path)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    half = load(path)
-    assert half.size == pytest.approx(whole.size / 2, abs=50)
-    np.testing.assert_array_equal(half, whole[: half.size])
+    cut(path, 0.7)
+    part, warning = load_audio(path, sample_rate=RATE, n_samples=66150)
+    assert warning == ""
+    np.testing.assert_allclose(part, whole, rtol=0, atol=1e-5)
+
+
+def put(path: Path, offset: int, content: bytes) -> None:
+    """Overwrite a few bytes."""
+    old = path.read_bytes()
+    path.write_bytes(old[:offset] + content + old[offset + len(content) :])
+
+
+@pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFFFFF, 0x7FFFF000])
+def test_a_wav_from_a_pipe_is_whole(size: int, tmp_path: Path) -> None:
+    """Who writes it cannot know the length, and puts the largest there is."""
+    path = write_noise(tmp_path / "a.wav", seconds=1)
+    put(path, 40, size.to_bytes(4, "little"))
+    assert (load(path).size, warning_of(path)) == (RATE, "")
+
+
+def test_a_flac_from_a_pipe_is_whole(tmp_path: Path) -> None:
+    """Its header says 0 samples for "unknown"; soundfile refused it when it came to the end."""
+    path = write_noise(tmp_path / "a.flac", seconds=1)
+    expected = load(path)
+    put(path, 21, bytes([path.read_bytes()[21] & 0xF0, 0, 0, 0, 0]))
+    np.testing.assert_array_equal(load(path), expected)
+    assert warning_of(path) == ""
+    cut(path, 0.6)
+    assert warning_of(path).startswith("unreadable after 0.")
+
+
+def test_an_mp3_without_a_length_promises_none(tmp_path: Path) -> None:
+    """It is guessed from the first frame, here a small one, and the size of the file."""
+    path = tmp_path / "a.mp3"
+    wave = np.concatenate([np.zeros(RATE), 0.2 * np.random.default_rng(0).normal(size=RATE)])
+    soundfile.write(path, wave, RATE, bitrate_mode="VARIABLE", compression_level=0.5)
+    content = path.read_bytes()
+    frame = content.find(content[:2], 60)  # the first one holds but the length
+    path.write_bytes(content[frame:])
+    assert warning_of(path) == ""
+    with soundfile.SoundFile(path) as file:
+        assert file.frames - file.read().size > RATE / 20
+
+
+@pytest.mark.parametrize("format_", ["WAV", "FLAC", "MP3", "OGG"])
+def test_silence_is_told(format_: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    silence = np.zeros((RATE, 2))
+    soundfile.write(path, silence, RATE, format=format_)
+    assert warning_of(path) == "silent"
+    assert np.isfinite(extract_file(path, SHORT).features).all()
+    soundfile.write(path, silence + 3e-3 * np.stack(2 * [tone(440)], axis=1), RATE, format=format_)
+    assert warning_of(path) == ""
+
+
+def test_an_offset_is_silence_too(tmp_path: Path) -> None:
+    """It cannot be heard, and resampling makes it rise and fall at the ends."""
+    write_wave(tmp_path / "a.wav", np.full(8000, 0.1), rate=8000)
+    assert warning_of(tmp_path / "a.wav") == "silent"
+
+
+@pytest.mark.parametrize("format_", ["WAV", "FLAC", "MP3", "OGG"])
+def test_opposite_channels_are_told(format_: str, tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.stack([tone(440), -tone(440)], axis=1), RATE, format=format_)
+    assert warning_of(path) == "silent: its channels cancel out"
+    assert np.isfinite(extract_file(path, SHORT).features).all()
+    for left, right in ((1, -0.8), (1, 0), (1, 1)):
+        soundfile.write(path, np.stack([left * tone(440), right * tone(440)], axis=1), RATE, format=format_)
+        assert warning_of(path) == ""
+
+
+def test_an_ogg_file_needs_its_last_page_whole(tmp_path: Path) -> None:
+    """Cut between pages and within the last one, which begins with the mark of the end."""
+    path = write_noise(tmp_path / "a.ogg", seconds=2.5)
+    content = path.read_bytes()
+    last = content.rfind(b"OggS")
+    for end in (last, last + 4, last + 100, len(content) - 1):
+        path.write_bytes(content[:end])
+        assert warning_of(path) == "truncated: the end of the stream is missing"
+    path.write_bytes(content)
+    assert warning_of(path) == ""
+
+
+def test_two_warnings(tmp_path: Path) -> None:
+    write_wave(tmp_path / "a.wav", np.zeros(2 * RATE))
+    cut(tmp_path / "a.wav", 0.5)
+    assert extract_file(tmp_path / "a.wav", Config()).warning == "truncated: 1.00 of 2.00 s; silent"
+
+
+@pytest.mark.parametrize("stream", [1, 2])
+def test_a_closed_stream_is_no_fault(stream: int, tmp_path: Path) -> None:
+    """As in `python prepare.py 2>&-`."""
+    path = write_noise(tmp_path / "a.wav")
+    saved, other = os.dup(stream), os.fstat(3 - stream)
+    os.close(stream)
+    try:
+        load(path)
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(stream)
+        assert os.fstat(3 - stream) == other
+    finally:
+        os.dup2(saved, stream)
+        os.close(saved)
+
+
+def test_reading_leaves_no_descriptor_open(tmp_path: Path) -> None:
+    """Neither of good nor of bad files."""
+    paths = [write_noise(tmp_path / "a.wav"), tmp_path / "b.wav"]
+    paths[1].write_text("no audio")
+    before = len(list(Path("/dev/fd").iterdir()))
+    for path in 10 * paths:
+        with contextlib.suppress(AudioError):
+            load(path)
+    assert len(list(Path("/dev/fd").iterdir())) == before
+
+
+CASES = sorted((Path(__file__).parent / "cases").iterdir())
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.name)
+def test_cases(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Small files that have made trouble, or that tests/fuzz.py kept; the name begins with the outcome."""
+    (clip,) = iter_features([path], Config())
+    if isinstance(clip, AudioError):
+        outcome = "refused"
+        assert clip.reason
+    else:
+        outcome = "warned" if clip.warning else "used"
+        assert clip.features.shape == (120, 130)
+        assert np.isfinite(clip.features).all()
+    assert path.name.startswith(f"{outcome}-")
+    assert path.stat().st_size <= 2048
+    assert capfd.readouterr() == ("", "")
+
+
+def test_nothing_is_printed_to_a_pipe() -> None:
+    """Two decoders print to stdout, and C keeps it until the end of the process: it came after our rows."""
+    program = """
+import sys
+from pathlib import Path
+from prepare import *
+for result in iter_features(sys.argv[1:], Config()):
+    pass
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    paths = [str(path) for path in CASES if "prints" in path.name]
+    command = [sys.executable, "-c", program, *paths]
+    done = subprocess.run(
+        command, check=True, capture_output=True, cwd=Path(prepare.__file__).parent, env=environment
+    )
+    assert len(paths) == 2
+    assert (done.stdout, done.stderr) == (b"", b"")
+
+
+@FORK
+def test_fuzz() -> None:
+    """Two files of every format."""
+    outcomes, finds = fuzz.fuzz(2 * len(fuzz.FORMATS), seed=0, cfg=Config(num_workers=2))
+    assert not finds
+    assert {outcome.kind for _, outcome in outcomes} == {"used", "warned", "refused"}
+    assert {name for name, _ in outcomes} == fuzz.FORMATS.keys()
+
+
+def test_fuzzer_mends_checksums(tmp_path: Path) -> None:
+    """Those of an honest file come out as they were."""
+    content = write_noise(tmp_path / "a.ogg", seconds=1).read_bytes()
+    pages = [match.start() for match in re.finditer(b"OggS", content)]
+    broken = bytearray(content)
+    for start in pages:
+        broken[start + 22 : start + 26] = b"1234"
+    assert len(pages) > 2
+    assert fuzz.mend_ogg(broken) == content
+
+
+def misbehave(path: Path, _: Config) -> ClipFeatures:
+    """Do what the content says."""
+    content = path.read_bytes()
+    if b"crash" in content:
+        os.kill(os.getpid(), signal.SIGKILL)  # as SIGSEGV, but pytest does not report it at length
+    if b"hang" in content:
+        time.sleep(60)
+    if b"raise" in content:
+        raise ValueError
+    if b"slow" in content:
+        start = time.process_time()
+        while time.process_time() < start + 0.2:
+            pass
+    if b"large" in content:
+        np.ones(100_000_000, np.int8)
+    return ClipFeatures(path, np.full((120, 130), np.nan if b"NaN" in content else 0), 1.0, "")
+
+
+@FORK
+def test_fuzzer_sees_what_goes_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each fault in one file among good ones, and it is cut down to what matters."""
+    for name, value in {"EXTRACT": misbehave, "HUNG": 2, "SLOW": 0.1, "LARGE": 50}.items():
+        monkeypatch.setattr(fuzz, name, value)
+    faults = {
+        "crash": "crashed",
+        "raise": "raised",
+        "slow": "slow",
+        "large": "large",
+        "NaN": "not finite",
+    }
+    words = [*faults, *["good"] * (64 - len(faults)), "hang"]  # alone in its chunk, as it takes long
+    paths = [tmp_path / f"{number}.wav" for number in range(65)]
+    for path, word in zip(paths, words, strict=True):
+        path.write_bytes(bytes(500) + word.encode() + bytes(500))
+    cfg = Config(num_workers=2)
+    kinds = [outcome.kind for outcome in fuzz.examine_all(paths, cfg)]
+    assert kinds == [*faults.values(), *["used"] * (64 - len(faults)), "crashed"]
+    for path in paths[:2]:
+        small = fuzz.minimise(path.read_bytes(), path, kinds[paths.index(path)], cfg)
+        assert len(small) < 50
 
 
 @FORK
@@ -654,8 +1064,14 @@ def test_workers_by_spawn(mixed_clips: list[Path], monkeypatch: pytest.MonkeyPat
     assert results_of(mixed_clips, TWO) == results_of(mixed_clips, SHORT)
 
 
-@pytest.mark.parametrize(("count", "workers"), [(63, -1), (64, 0), (64, 1), (0, -1)])
-def test_no_process_is_started_for_little(count: int, workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("method", "count", "workers"),
+    [("spawn", 32, -1), ("spawn", 64, 1), ("spawn", 64, 0), ("fork", 64, 0), ("fork", 0, -1)],
+)
+def test_no_process_is_started_for_little(
+    method: str, count: int, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prepare, "START_METHOD", method)
     monkeypatch.setattr(prepare, "_make_pool", None)
     monkeypatch.setattr(
         prepare, "extract_file", lambda path, _: ClipFeatures(path, np.zeros((1, 1), "f4"), 0, "")
@@ -688,6 +1104,14 @@ def test_decoder_crash_costs_one_file(
     }
     crash_on(monkeypatch, *names)
     assert results_of(paths, TWO) == list(expected.items())
+
+
+@FORK
+def test_decoder_crash_of_the_only_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one file is decoded in a process that may die: it ended the program without a word."""
+    (path,) = write_clips(tmp_path / "clips", 1)
+    crash_on(monkeypatch, "00.wav")
+    assert results_of([path], Config()) == [(path, "crashed the audio decoder")]
 
 
 @FORK
@@ -1025,6 +1449,18 @@ def test_unreadable_files_are_reported_on_every_run(
     assert extracted == ["00.wav", "01.wav", "03.wav", "01.wav"]
 
 
+def test_odd_clips_are_named_on_every_run(
+    small_corpus: Config, extracted: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The cache remembers what was odd about them."""
+    silent = Path(small_corpus.data_dir, "Angry", "silent.wav")
+    soundfile.write(silent, np.zeros(RATE), RATE)
+    for _ in range(2):
+        load_corpus(small_corpus)
+        assert f"used {silent}: silent\n" in capsys.readouterr().err
+    assert len(extracted) == 13
+
+
 def test_nothing_readable(tmp_path: Path, cached: Config) -> None:
     touch(tmp_path, "a.wav", "b.wav")
     with pytest.raises(UserError, match="none of 3 audio files") as raised:
@@ -1115,6 +1551,18 @@ def test_no_clips_at_all(tmp_path: Path) -> None:
         load_corpus(Config(data_dir=str(tmp_path)))
 
 
+def test_warnings_are_named_up_to_twenty(capsys: pytest.CaptureFixture[str]) -> None:
+    prepare.report_warnings([])
+    assert capsys.readouterr().err == ""
+    prepare.report_warnings([(Path(f"{number}\x1b.wav"), "silent") for number in range(20)])
+    assert capsys.readouterr().err.splitlines() == [rf"used {number}\x1b.wav: silent" for number in range(20)]
+    prepare.report_warnings([(Path("a.wav"), "silent")] * 21)
+    assert capsys.readouterr().err.splitlines()[19:] == [
+        "used a.wav: silent",
+        "used 21 odd files, 1 of them not shown",
+    ]
+
+
 def test_many_failures_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     prepare.report_failures([AudioError(Path(f"{k}\n.wav"), "empty") for k in range(25)])
     lines = capsys.readouterr().err.splitlines()
@@ -1145,7 +1593,7 @@ def corpus_of(
     count = len(targets)
     clips = [Clip(name, label) for name, label in zip(names or ["x.wav"] * count, targets, strict=True)]
     digests = list(groups or [f"g{k}" for k in range(count)])
-    prepared = Prepared(np.arange(count), np.zeros(0), np.zeros(0), digests, [])  # type: ignore[arg-type]
+    prepared = Prepared(np.arange(count), np.zeros(0), np.zeros(0), digests, [], [])  # type: ignore[arg-type]
     labels = tuple("ABCDEFGHIJ"[: max(targets, default=0) + 1])
     return prepare.Corpus(
         labels, clips, np.array(targets), [source_of(clip.path) for clip in clips], prepared
@@ -1331,6 +1779,16 @@ def test_main_prints_the_table(small_corpus: Config, capsys: pytest.CaptureFixtu
         ["total", "10", "4"],
     ]
     assert err == ""
+
+
+def test_main_shows_names_safely(small_corpus: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of class folders, which may be hostile."""
+    data = Path(small_corpus.data_dir)
+    next(path for path in sorted(data.iterdir()) if path.is_dir()).rename(data / "A\x1b[2J")
+    assert prepare.main(flags(small_corpus)) == 0
+    out, err = capsys.readouterr()
+    assert "\x1b" not in out + err
+    assert r"A\x1b[2J" in out
 
 
 def test_main_with_demo(

@@ -114,7 +114,7 @@ def noise_corpus(rng: np.random.Generator, n_clips: int, n_classes: int = 2) -> 
     features = rng.normal(size=(n_clips, 120, 20)).astype(np.float32)
     targets = np.arange(n_clips) % n_classes
     clips = [Clip(f"{number}.wav", int(label)) for number, label in enumerate(targets)]
-    prepared: Any = Prepared(np.arange(n_clips), features, np.ones(n_clips), [""] * n_clips, [])  # type: ignore[arg-type]
+    prepared: Any = Prepared(np.arange(n_clips), features, np.ones(n_clips), [""] * n_clips, [], [])  # type: ignore[arg-type]
     sources = [source_of(clip.path) for clip in clips]
     return Corpus(tuple("ABCDEFG"[:n_classes]), clips, targets, sources, prepared)
 
