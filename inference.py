@@ -4,10 +4,20 @@ python inference.py                    the clips of the test folder -> submissio
 python inference.py a.wav clips/ ...   files, folders, patterns -> a CSV with probabilities on stdout
 """
 
-from config import RESUMABLE_FIELDS, SPLIT_FIELDS, Config, UserError, command, parse_runtime_config, say
+from config import (
+    RESUMABLE_FIELDS,
+    SPLIT_FIELDS,
+    Config,
+    UserError,
+    command,
+    die_quietly,
+    parse_runtime_config,
+    say,
+)
 
 if __name__ == "__main__":
     # Answers --help and refuses a bad flag at once: torch takes seconds to load.
+    die_quietly()
     parse_runtime_config(description=__doc__)
 
 import csv
