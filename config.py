@@ -250,6 +250,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 _SHORT = reprlib.Repr()  # a config may come from a file made to fill the memory with its message
+_SHORT.maxlevel = 2
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
 
 
@@ -416,11 +417,10 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         signal.signal(signum, signal.SIG_DFL)
         raise Interrupted(signum)
 
-    @functools.wraps(main)
-    def wrapped(argv: Sequence[str] | None = None) -> int:
+    def run(argv: Sequence[str] | None) -> int:
         # A background job of a shell has SIGINT ignored, and must keep it so.
         signals = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
-        before = {s: signal.signal(s, stop) for s in signals}
+        before = {s: signal.getsignal(s) for s in signals}
         hook = sys.unraisablehook
 
         def again(lost: "sys.UnraisableHookArgs") -> None:
@@ -432,11 +432,24 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             else:
                 hook(lost)
 
-        sys.unraisablehook = again
         try:
+            sys.unraisablehook = again
+            for signum in signals:
+                signal.signal(signum, stop)
             with name_memory():
                 code = main(argv)
             sys.stdout.flush()  # here a closed pipe or a full disk can still be told; at exit it cannot
+            return code
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+            sys.unraisablehook = hook
+            _drop_output()
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> int:
+        try:  # around all of run: a signal may come at its first and at its last line
+            return run(argv)
         except UserError as error:
             say(f"error: {error}")
             return error.code
@@ -448,12 +461,5 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         except OSError as error:
             say(f"error: {_describe(error)}")
             return 1
-        else:
-            return code
-        finally:
-            _drop_output()
-            sys.unraisablehook = hook
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
 
     return wrapped

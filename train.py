@@ -641,6 +641,8 @@ def load_data(cfg: Config, team: Team = _ALONE, *, fold: int = 0) -> tuple[Corpu
     if len(corpus.labels) < 2:
         raise UserError(f"only one class in {cfg.data_root}, {corpus.labels[0]}: nothing to tell apart")
     split = split_corpus(corpus, cfg, fold)
+    if len(split.train) <= team.size:  # a batch of one is no batch
+        raise UserError(f"{len(split.train)} training clips are too few for {team.size} processes")
     for name, part in (("val", split.val), ("holdout", split.holdout)):
         absent = np.setdiff1d(corpus.targets, corpus.targets[part]).tolist() if len(part) else []
         for label in absent:
@@ -662,6 +664,8 @@ def fit(cfg: Config, team: Team = _ALONE, *, fold: int = 0) -> dict[str, Any]:
     run_dir, best_path, last_path = Path(cfg.run_dir), Path(cfg.checkpoint), Path(cfg.run_dir, "last.pth")
     if best_path.is_dir():
         raise UserError(f"checkpoint = {cfg.checkpoint!r}: is a folder, must be a file")
+    if best_path.absolute() == last_path.absolute():
+        raise UserError(f"checkpoint = {cfg.checkpoint!r}: is where --resume finds the run, must be another")
     _spare_real_model(cfg)
     corpus, split = load_data(cfg, team, fold=fold)
     print(describe_split(corpus, split, cfg), flush=True)

@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -75,7 +76,11 @@ class Child(NamedTuple):
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os._exit(MAINS[script](argv))
+        try:
+            os._exit(MAINS[script](argv))
+        except BaseException:
+            traceback.print_exc()
+            os._exit(99)  # without unwinding what belongs to the parent
 
     def ended(self) -> int | None:
         """The exit code, negative for a signal; None while it runs."""
