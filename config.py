@@ -5,21 +5,38 @@ the flags that say where and on what to run: the rest it finds in the checkpoint
 """
 
 import argparse
+import contextlib
 import dataclasses
+import errno
 import functools
 import inspect
 import os
 import re
+import reprlib
+import shutil
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
+
+
+def _any_default(cls: type[T]) -> type[T]:
+    """Let a list be a default: dataclass would refuse it with a traceback, __post_init__ does in a line."""
+    for name in cls.__annotations__:
+        value: Any = vars(cls).get(name)
+        if type(value).__hash__ is None:
+            setattr(cls, name, dataclasses.field(default_factory=value.copy))
+    return cls
 
 
 @dataclass(frozen=True, kw_only=True)
+@_any_default
 class Config:
     """All settings of one run; immutable, checked when made.
 
@@ -87,9 +104,12 @@ class Config:
     def __post_init__(self) -> None:
         """Check every value, so that a bad edit or flag stops here and not an hour into a run."""
         fields = dataclasses.fields(self)
+        names = {field.name for field in fields}
         plain = {name for name, value in vars(type(self)).items() if type(value) in _KINDS}
-        for name in sorted(plain - {field.name for field in fields} - {"__module__", "__doc__"}):
+        for name in sorted(plain - names - {"__module__", "__doc__"}):
             raise UserError(f"config.py: {name} has no type, so it is no setting: write `{name}: type = ...`")
+        for name in sorted((RESUMABLE_FIELDS | SPLIT_FIELDS | _BOUNDS.keys()) - names):
+            raise UserError(f"config.py: {name} is missing: write `{name}: type = ...`")
         for field in fields:
             _check(self, field.name, field.type)
         _require(self, "hop_length", self.hop_length <= self.n_fft, f"at most n_fft ({self.n_fft})")
@@ -231,15 +251,20 @@ class Interrupted(KeyboardInterrupt):
         self.code = 128 + signum
 
 
+_SHORT = reprlib.Repr()  # a config may come from a file made to fill the memory with its message
+_SHORT.maxlevel = 2
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 200
+
+
 def _require(cfg: Config, name: str, condition: bool, rule: str) -> None:
     if not condition:
-        raise UserError(f"{name} = {getattr(cfg, name)!r}: must be {rule}")
+        raise UserError(f"{name} = {_SHORT.repr(getattr(cfg, name))}: must be {rule}")
 
 
 def _check(cfg: Config, name: str, kind: object) -> None:
     """Check the type and the bounds of one field."""
     value = getattr(cfg, name)
-    _require(cfg, name, kind in _KINDS, "declared as int, float, str or bool")
+    _require(cfg, name, kind in list(_KINDS), "declared as int, float, str or bool")
     _require(cfg, name, type(value) is kind or (kind is float and type(value) is int), _KINDS[kind])
     if isinstance(value, str):
         _require(cfg, name, bool(value.strip()) or name in _MAY_BE_EMPTY, "not empty")
@@ -290,8 +315,8 @@ def _make_parser(names: Collection[str], description: str | None) -> _Parser:
     )
     try:
         Config()
-    except UserError as error:  # a bad edit, which no flag may hide
-        parser.error(str(error))
+    except (UserError, TypeError, ValueError, AttributeError) as error:  # a bad edit, which no flag may hide
+        parser.error(f"config.py: {str(error).removeprefix('config.py: ')}")
     comments = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
     for field in dataclasses.fields(Config):
         if field.name not in names:
@@ -342,6 +367,40 @@ def say(message: str) -> None:
         print(printable(message), file=sys.stderr, flush=True)
 
 
+def _describe(error: OSError) -> str:
+    """Path and reason; of a disk that takes no more, also how much it could."""
+    text = f"{error.filename}: {error.strerror}" if error.filename else str(error.strerror or error)
+    if error.filename and error.errno in {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}:
+        path = Path(os.fsdecode(error.filename)).absolute()
+        folder = next(parent for parent in path.parents if parent.is_dir())
+        text += f" ({shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there)"
+    return text
+
+
+@contextlib.contextmanager
+def name_memory() -> Iterator[None]:
+    """Give the many ways in which NumPy, PyTorch and CUDA run out of memory one message.
+
+    Raises:
+        UserError: The memory is not enough.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = re.search(r"out of memory|allocate memory|not enough memory|ALLOC_FAILED", str(error))
+        if not known and not isinstance(error, MemoryError):
+            raise
+        amount = re.search(r"(?:[Tt]ried|Unable) to allocate ([\d.]+ \w+)", str(error))
+        wanted = f", {amount[1]} more were wanted" if amount else ""
+        raise UserError(f"out of memory{wanted}: lower batch_size or num_workers", code=1) from None
+
+
+def die_quietly() -> None:
+    """Let Ctrl-C end the process without a traceback while it has nothing to save; `command` takes over."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a background job ignores it
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _drop_output() -> None:
     """Empty the buffer of stdout, into nowhere if it cannot go out: at exit Python would complain of it."""
     try:
@@ -360,14 +419,39 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         signal.signal(signum, signal.SIG_DFL)
         raise Interrupted(signum)
 
-    @functools.wraps(main)
-    def wrapped(argv: Sequence[str] | None = None) -> int:
+    def run(argv: Sequence[str] | None) -> int:
         # A background job of a shell has SIGINT ignored, and must keep it so.
         signals = [s for s in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(s) is not signal.SIG_IGN]
-        before = {s: signal.signal(s, stop) for s in signals}
+        before = {s: signal.getsignal(s) for s in signals}
+        hook = sys.unraisablehook
+
+        def again(lost: "sys.UnraisableHookArgs") -> None:
+            # In a finalizer or around a fork Python prints an exception and goes on, as if nobody had asked.
+            if isinstance(lost.exc_value, Interrupted):
+                signum = lost.exc_value.code - 128
+                signal.signal(signum, stop)
+                threading.Timer(0.01, signal.raise_signal, [signum]).start()
+            else:
+                hook(lost)
+
         try:
-            code = main(argv)
+            sys.unraisablehook = again
+            for signum in signals:
+                signal.signal(signum, stop)
+            with name_memory():
+                code = main(argv)
             sys.stdout.flush()  # here a closed pipe or a full disk can still be told; at exit it cannot
+            return code
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+            sys.unraisablehook = hook
+            _drop_output()
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> int:
+        try:  # around all of run: a signal may come at its first and at its last line
+            return run(argv)
         except UserError as error:
             say(f"error: {error}")
             return error.code
@@ -377,14 +461,7 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
         except BrokenPipeError:  # the reader of our output has left, as `head` does
             return 0
         except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            say(f"error: {where}{error.strerror or error}")
+            say(f"error: {_describe(error)}")
             return 1
-        else:
-            return code
-        finally:
-            _drop_output()
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
 
     return wrapped

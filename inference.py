@@ -10,6 +10,7 @@ from config import (
     Config,
     UserError,
     command,
+    die_quietly,
     parse_runtime_config,
     printable,
     say,
@@ -17,6 +18,7 @@ from config import (
 
 if __name__ == "__main__":
     # Answers --help and refuses a bad flag at once: torch takes seconds to load.
+    die_quietly()
     parse_runtime_config(description=__doc__)
 
 import csv

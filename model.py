@@ -4,7 +4,9 @@ import contextlib
 import glob
 import io
 import os
+import platform
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -265,23 +267,48 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
         OSError: It cannot be written; the old file is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    # What a run that was killed while writing has left.
-    for stale in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - stale.stat().st_mtime > 60:  # no write takes a minute
-                stale.unlink()
+    for half in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
+        if _is_stale(half):
+            with contextlib.suppress(OSError):
+                half.unlink()
     # In the same folder, for from another file system it could not be replaced in a single step.
-    half = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    half = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
     try:
         with half.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         half.replace(path)
+        _sync_folder(path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
     finally:
-        half.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk refuses to remove even what is not there
+            half.unlink()
+
+
+def _is_stale(half: Path) -> bool:
+    """Whether the process that was writing this temporary file is gone."""
+    pid = half.suffixes[-2][1:]
+    is_ours = pid.isdecimal() and half.name.endswith(f".{platform.node()}.{pid}.tmp")
+    try:
+        if is_ours and os.name == "posix":  # elsewhere signal 0 is more than a question
+            os.kill(int(pid), 0)
+        return time.time() - half.stat().st_mtime > 60  # no write takes a minute
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):  # it is another user's, or has just been removed
+        return False
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in a folder outlast a power cut, where the system can."""
+    with contextlib.suppress(OSError):  # Windows opens no folder
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -311,40 +338,84 @@ def load_checkpoint(path: Path) -> Checkpoint:
         )
     try:
         return _read_checkpoint(path)
-    except (zipfile.BadZipFile, ValueError, UserError, OSError) as error:
-        reason = str(error)
+    except (zipfile.BadZipFile, UserError, OSError) as error:
+        reason = str(error)[:500]
     except Exception as error:  # whatever a broken or hostile file provokes
         reason = type(error).__name__  # not its text: torch's advises to load the file unsafely
     raise UserError(f"checkpoint {path} cannot be used ({reason}): train a new one with `python train.py`")
 
 
 def _read_checkpoint(path: Path) -> Checkpoint:
+    size = path.stat().st_size
     with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not look at them
+        if sum(entry.file_size for entry in archive.infolist()) > size:  # torch.save does not compress
+            raise UserError("it would unpack to more than its size")
         if broken := archive.testzip():
-            raise ValueError(f"{broken} has changed")
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or content.get("version") != VERSION:
-        raise ValueError(f"not a checkpoint of layout {VERSION}")
-    del content["version"]
-    config = Config.from_dict(content.pop("config"))
-    labels, weights = content.pop("labels"), content["weights"]
+            raise UserError(f"{broken} has changed")
+    with warnings.catch_warnings(action="ignore"):  # of torch's, about types that we do not write
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(content, dict) or content.pop("version", None) != VERSION:
+        raise UserError(f"not a checkpoint of layout {VERSION}")
+    kinds: dict[str, type] = {"epoch": int, "labels": list, "files": str}  # the others are tables
+    names = Checkpoint.__dataclass_fields__.keys() | content.keys()
+    if odd := [name for name in names if not isinstance(content.get(name), kinds.get(name, dict))]:
+        raise UserError(f"bad fields {', '.join(sorted(map(str, odd)))}")
+    config, labels = Config.from_dict(content.pop("config")), content.pop("labels")
     if not (labels and all(isinstance(label, str) for label in labels) and len(set(labels)) == len(labels)):
-        raise ValueError("no class names")
-    if not all(isinstance(value, Tensor) and bool(value.isfinite().all()) for value in weights.values()):
-        raise ValueError("weights are not finite")
+        raise UserError("no class names")
+    weights = content["weights"]
+    if sum(value.nbytes for value in weights.values()) > size:  # few numbers, repeated by their strides
+        raise UserError("weights are larger than the file")
+    for name, value in weights.items():
+        if value.dtype == torch.float16:  # a file may hold them at half its size
+            weights[name] = value.float()
+    with torch.device("meta"):  # where tensors have shapes alone: the file may ask for a huge network
+        expected = build_model(config, len(labels)).state_dict()
+    if odd := misfits(weights, dict(expected)):
+        raise UserError(f"weights do not fit the network: {'; '.join(odd[:5])}")
+    if not all(bool(value.isfinite().all()) for value in weights.values()):
+        raise UserError("weights are not finite")
     return Checkpoint(config=config, labels=tuple(labels), **content)
 
 
-def restore_model(checkpoint: Checkpoint, device: torch.device) -> Network:
-    """Rebuild the trained network, ready for prediction.
+def misfits(value: Any, pattern: Any, name: str = "") -> list[str]:  # noqa: ANN401 - whatever a file can hold
+    """Where plain types and tensors are not built like those of a pattern: other keys, types or shapes.
 
-    Raises:
-        UserError: The weights do not fit the architecture in its config.
+    Args:
+        value: As found.
+        pattern: As wanted; what it holds otherwise does not matter, nor does the device of its tensors.
+        name: What the value is called.
+
+    Returns:
+        One `name: found, not wanted` for each place.
     """
+    odd: list[str] = []
+    pairs: list[tuple[Any, Any, Any]]
+    if isinstance(value, dict) and isinstance(pattern, dict):
+        odd += [f"{name}{key} is missing" for key in pattern if key not in value]
+        odd += [f"{name}{key} is unknown" for key in value if key not in pattern]
+        pairs = [(key, value[key], pattern[key]) for key in pattern if key in value]
+    elif isinstance(value, list | tuple) and isinstance(pattern, list | tuple) and len(value) == len(pattern):
+        pairs = [(number, *pair) for number, pair in enumerate(zip(value, pattern, strict=True))]
+    else:
+        found, wanted = _kind(value), _kind(pattern)
+        return [] if found == wanted else [f"{name.removesuffix('.')} is {found}, not {wanted}"]
+    for key, found, wanted in pairs:
+        odd += misfits(found, wanted, f"{name}{key}.")
+    return odd
+
+
+def _kind(value: Any) -> str:  # noqa: ANN401
+    if isinstance(value, Tensor):
+        is_plain = value.layout == torch.strided and not value.is_nested
+        return f"{value.dtype} {list(value.shape)}" if is_plain else str(value.layout)
+    if isinstance(value, list | tuple):
+        return f"a list of {len(value)}"
+    return "a number" if type(value) in {int, float} else f"a {type(value).__name__}"
+
+
+def restore_model(checkpoint: Checkpoint, device: torch.device) -> Network:
+    """Rebuild the trained network, ready for prediction."""
     model = build_model(checkpoint.config, len(checkpoint.labels))
-    try:
-        model.load_state_dict(checkpoint.weights)
-    except RuntimeError as error:
-        first = str(error).partition("\n")[2].strip().partition("\n")[0]
-        raise UserError(f"checkpoint: weights do not fit the network: {first}") from None
+    model.load_state_dict(checkpoint.weights)
     return model.to(device).eval()

@@ -13,12 +13,15 @@ from config import (
     Interrupted,
     UserError,
     command,
+    die_quietly,
+    name_memory,
     parse_config,
     say,
 )
 
 if __name__ == "__main__":
     # Answers --help and refuses a bad flag at once: torch takes seconds to load.
+    die_quietly()
     parse_config(description=__doc__)
 
 import contextlib
@@ -33,7 +36,7 @@ import platform
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
@@ -52,6 +55,7 @@ from model import (
     Network,
     build_model,
     load_checkpoint,
+    misfits,
     replace_file,
     resolve_device,
     resolve_dtype,
@@ -114,6 +118,36 @@ class Team(NamedTuple):
         """Give all processes the first one's weights: each has seen other clips pass its batch norm."""
         for value in model.state_dict().values() if self.size > 1 else ():
             distributed.broadcast(value, 0)
+
+
+@contextlib.contextmanager
+def sole_writer(cfg: Config) -> Iterator[None]:
+    """Keep other runs away from the files that this one writes.
+
+    Raises:
+        UserError: Another run has the run folder or the checkpoint.
+    """
+    best = Path(cfg.checkpoint)
+    locks = {cfg.run_dir: Path(cfg.run_dir, "lock")}
+    if not cfg.folds:  # each has a checkpoint of its own in run_dir
+        locks[cfg.checkpoint] = best.parent / f".{best.name}.lock"
+    with contextlib.ExitStack() as stack:
+        for place, lock in locks.items():
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            try:  # for a second, as the workers of a run that was killed take to end
+                stack.enter_context(filelock.FileLock(lock, timeout=1))
+            except filelock.Timeout:
+                raise UserError(
+                    f"another run is writing to {place}: wait for it, or pass both --run_dir and --checkpoint"
+                ) from None
+            if place == cfg.checkpoint:
+                stack.callback(_remove, lock)  # while it is held: nothing is left beside the model
+        yield
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(OSError):  # Windows keeps what is open
+        path.unlink()
 
 
 @contextlib.contextmanager
@@ -207,6 +241,7 @@ def _as_is(batch: Any) -> Any:  # noqa: ANN401 - DataLoader declares a list, and
     return batch
 
 
+@name_memory()
 def run_epoch(
     model: nn.Module,
     loader: Loader,
@@ -236,7 +271,7 @@ def run_epoch(
         The outcome of all processes together.
 
     Raises:
-        UserError: A loss is NaN or infinite; the message names the batch.
+        UserError: A loss is NaN or infinite; the message names the batch. Or the memory is not enough.
     """
     device = next(model.parameters()).device
     model.train(learn is not None)
@@ -492,14 +527,16 @@ class Run:
         state = last.training
         if not state:
             raise UserError(f"{path} is a finished model, not a run that can be resumed")
-        planned = state["scheduler"].get("total_steps")  # None on a plateau
-        steps = getattr(self.scheduler, "total_steps", None)
         laid_out = {"epochs", "learning_rate"} if cfg.schedule == "onecycle" else set()  # by the schedule
         differences = last.config.differences(cfg, ignore=RESUMABLE_FIELDS - laid_out)
         if last.files != self.last.files or last.labels != self.last.labels:
             differences.append("clips: not the same files, classes or split")
-        if not differences and planned != steps:
-            differences.append(f"steps of the schedule: {planned} -> {steps}")
+        if not differences and (odd := misfits(state, self._pattern(last.epoch))):
+            raise UserError(f"cannot resume {path}, whose state is damaged: {'; '.join(odd[:5])}")
+        if not differences and isinstance(self.scheduler, OneCycleLR):
+            planned, steps = state["scheduler"]["total_steps"], self.scheduler.total_steps
+            if planned != steps:
+                differences.append(f"steps of the schedule: {planned} -> {steps}")
         if differences:
             raise UserError(f"cannot resume {path}, which was another run: {'; '.join(differences)}")
         for difference in last.config.differences(cfg, ignore=RUNTIME_FIELDS - {"batch_size"}):
@@ -524,8 +561,11 @@ class Run:
 
     def save(self, path: Path) -> None:
         """Write everything that resume() needs."""
+        save_checkpoint(path, replace(self.last, training=self._state()))
+
+    def _state(self) -> dict[str, Any]:
         best = self.best and {name: getattr(self.best, name) for name in ("weights", "epoch", "scores")}
-        state = {
+        return {
             "average": self.average.state_dict(),
             "n_steps": self.n_steps,
             "optimizer": self.optimizer.state_dict(),
@@ -534,7 +574,20 @@ class Run:
             "history": [asdict(record) for record in self.history],
             "best": best,
         }
-        save_checkpoint(path, replace(self.last, training=state))
+
+    def _pattern(self, n_epochs: int) -> dict[str, Any]:
+        """What the state of this run is built like after that many epochs."""
+        state = self._state()
+        if n_epochs:
+            parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+            state["optimizer"]["state"] = {
+                number: {"step": torch.zeros(()), "exp_avg": parameter, "exp_avg_sq": parameter}
+                for number, parameter in enumerate(parameters)
+            }
+            scores = dict.fromkeys(("accuracy", "uar", "macro_f1"), 0.0)
+            state["best"] = {"weights": state["average"], "epoch": 0, "scores": scores}
+        row = dict.fromkeys((column.name for column in fields(EpochRecord)), 0.0)
+        return {**state, "history": [row] * min(n_epochs, 1_000_000)}  # more than config.py allows
 
     @property
     def is_over(self) -> bool:
@@ -588,6 +641,8 @@ def load_data(cfg: Config, team: Team = _ALONE, *, fold: int = 0) -> tuple[Corpu
     if len(corpus.labels) < 2:
         raise UserError(f"only one class in {cfg.data_root}, {corpus.labels[0]}: nothing to tell apart")
     split = split_corpus(corpus, cfg, fold)
+    if len(split.train) <= team.size:  # a batch of one is no batch
+        raise UserError(f"{len(split.train)} training clips are too few for {team.size} processes")
     for name, part in (("val", split.val), ("holdout", split.holdout)):
         absent = np.setdiff1d(corpus.targets, corpus.targets[part]).tolist() if len(part) else []
         for label in absent:
@@ -609,6 +664,8 @@ def fit(cfg: Config, team: Team = _ALONE, *, fold: int = 0) -> dict[str, Any]:
     run_dir, best_path, last_path = Path(cfg.run_dir), Path(cfg.checkpoint), Path(cfg.run_dir, "last.pth")
     if best_path.is_dir():
         raise UserError(f"checkpoint = {cfg.checkpoint!r}: is a folder, must be a file")
+    if best_path.absolute() == last_path.absolute():
+        raise UserError(f"checkpoint = {cfg.checkpoint!r}: is where --resume finds the run, must be another")
     _spare_real_model(cfg)
     corpus, split = load_data(cfg, team, fold=fold)
     print(describe_split(corpus, split, cfg), flush=True)
@@ -621,6 +678,8 @@ def fit(cfg: Config, team: Team = _ALONE, *, fold: int = 0) -> dict[str, Any]:
     run = Run.start(cfg, corpus, split, device, len(loaders[0]))
     if cfg.resume:
         run.resume(last_path)
+        if run.history and team.leads:  # a kill between the two left it a row behind
+            write_history(run_dir / "history.csv", run.history)
     elif team.leads:
         _clear(run_dir)
         run.save(last_path)
@@ -667,6 +726,7 @@ def train_epochs(
     cfg = run.last.config
     run_dir, best_path = Path(cfg.run_dir), Path(cfg.checkpoint)
     dtype = resolve_dtype(cfg.precision, next(model.parameters()).device)
+    n_saved = len(run.history)
 
     def augment(features: Tensor) -> Tensor:
         copies = features.repeat(cfg.ensemble, 1, 1)
@@ -697,13 +757,14 @@ def train_epochs(
                 if is_best and run.best:
                     save_checkpoint(best_path, run.best)
                 run.save(run_dir / "last.pth")
+                n_saved = len(run.history)
                 write_history(run_dir / "history.csv", run.history)
             print(describe_epoch(run), flush=True)
     except UserError as error:
         kept = f"{best_path} of epoch {run.best.epoch} is kept" if run.best else "there is no checkpoint yet"
         raise UserError(f"epoch {len(run.history) + 1}: {error} ({kept})", code=error.code) from None
     except Interrupted:
-        say(f"stopped after epoch {len(run.history)}: the same command with --resume goes on from there")
+        say(f"stopped after epoch {n_saved}: the same command with --resume goes on from there")
         raise
     finally:
         if run.history and team.leads:
@@ -727,7 +788,7 @@ def _spare_real_model(cfg: Config) -> None:
 def _clear(run_dir: Path) -> None:
     """Remove what an earlier run left, so that two never mix; an unfinished one is set aside."""
     last_path = run_dir / "last.pth"
-    with contextlib.suppress(UserError):  # there is none, or it is damaged
+    with contextlib.suppress(UserError, KeyError, TypeError):  # there is none, or it is damaged
         last = load_checkpoint(last_path)
         bad_epochs = last.training["stopping"]["bad_epochs"] if last.training else 0
         if 0 < last.epoch < last.config.epochs and bad_epochs < last.config.patience:
@@ -1060,15 +1121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not team.leads:
             work(cfg, team)
             return 0
-        Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
-        try:
-            with filelock.FileLock(Path(cfg.run_dir, "lock"), timeout=0):
-                work(cfg, team)
-        except filelock.Timeout:
-            raise UserError(
-                f"another run is writing to {cfg.run_dir}: "
-                "wait for it, or pass both --run_dir and --checkpoint"
-            ) from None
+        with sole_writer(cfg):
+            work(cfg, team)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import math
 import os
 import re
@@ -436,6 +437,18 @@ BAD_EDITS = [  # (line of config.py, what the message names)
     ("folds: int = 1", "folds = 1"),
     ("manifest: str = None", "manifest = None"),
     ("ema_decay: float = 1.0", "ema_decay = 1.0"),
+    ("epochs: list = [20, 40]", "epochs = [20, 40]"),
+    ("epochs: dict = {}", "epochs = {}"),
+    ("epochs: int | None = None", "epochs = None"),
+    ("epochs: [int] = 3", "epochs = 3"),
+    ("epochs: 'int' = 3", "epochs = 3"),
+    ("epochs: int = 3,", "epochs = (3,)"),
+    ("epochs: int = lambda: 3", "epochs = <function"),
+    ("epochs = lambda: 3", "epochs is missing"),
+    ("epochs: int", "'epochs'"),
+    ("schedule = max", "schedule = <built-in"),
+    ("fill = max", "fill is missing"),
+    ("epochs: int = 10**5000", "config.py"),
 ]
 
 
@@ -454,6 +467,17 @@ def test_untyped_runtime_line_at_inference(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
     assert "batch_size has no type" in result.stderr
+
+
+def test_message_about_a_huge_value_is_short() -> None:
+    """A config may come from a checkpoint that was made to fill the memory when it is shown."""
+    laughs: list[Any] = ["ha"] * 10
+    for _ in range(50):
+        laughs = [laughs] * 10
+    for value in (laughs, "ha" * 10**6, 10**4000):
+        with pytest.raises(UserError, match="epochs = ") as error:
+            Config(epochs=value)  # type: ignore[arg-type]
+        assert len(str(error.value)) < 5000
 
 
 # ---- messages and endings -------------------------------------------------------------------------------
@@ -496,7 +520,64 @@ def test_command_turns_faults_into_one_line(
     assert capsys.readouterr() == ("", f"{line}\n")
 
 
-@pytest.mark.parametrize("fault", [ValueError("bug"), KeyError("bug"), KeyboardInterrupt(), SystemExit(5)])
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS])
+@pytest.mark.parametrize("name", ["best.pth", "not/yet/made/best.pth"])
+def test_disk_that_takes_no_more_is_described(
+    name: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With path, reason, and the space that is left where it happened."""
+
+    @command
+    def main(_argv: list[str]) -> int:
+        raise OSError(code, os.strerror(code), str(tmp_path / name))
+
+    asked: list[Path] = []
+
+    def usage(path: Path) -> Any:
+        asked.append(path)
+        return shutil._ntuple_diskusage(9, 9, 1_234_567_890)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    assert main([]) == 1
+    line = f"error: {tmp_path / name}: {os.strerror(code)} (1,234.6 MB are free there)\n"
+    assert capsys.readouterr() == ("", line)
+    assert asked == [tmp_path]
+
+
+OUT_OF_MEMORY = [
+    (MemoryError(), ""),
+    (MemoryError("Unable to allocate 7.28 TiB for an array"), ", 7.28 TiB more were wanted"),
+    (
+        RuntimeError(
+            "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000 bytes. Error 12"
+        ),
+        ", 4000 bytes more were wanted",
+    ),
+    (RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU"), ", 2.00 GiB more were wanted"),
+    (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), ""),
+    (RuntimeError("MPS backend out of memory"), ""),
+]
+
+
+@pytest.mark.parametrize(("fault", "amount"), OUT_OF_MEMORY)
+def test_out_of_memory_names_the_remedy(
+    fault: Exception, amount: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was a traceback, and differs from library to library."""
+
+    @command
+    def main(_argv: list[str]) -> int:
+        raise fault
+
+    assert main([]) == 1
+    line = f"error: out of memory{amount}: lower batch_size or num_workers\n"
+    assert capsys.readouterr() == ("", line)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [RuntimeError("bug"), ValueError("bug"), KeyError("bug"), KeyboardInterrupt(), SystemExit(5)],
+)
 def test_command_passes_what_it_does_not_expect(fault: BaseException) -> None:
     @command
     def main(_argv: list[str]) -> int:
@@ -562,6 +643,45 @@ def test_signal_ends_in_good_order(name: str, code: int) -> None:
         print("saved")"""
     )
     assert (result.returncode, result.stdout, result.stderr) == (code, "saved\n", "interrupted\n")
+
+
+def test_signal_that_python_ignores_is_sent_again() -> None:
+    """In a finalizer, or beside a fork, the exception was printed and forgotten, and the run went on."""
+    result = run_main(
+        """
+    class Late:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM); time.sleep(1)
+    Late()
+    time.sleep(30)"""
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (143, "", "interrupted\n")
+
+
+def test_other_lost_exceptions_are_still_told() -> None:
+    result = run_main(
+        """
+    class Bug:
+        def __del__(self):
+            raise ValueError("lost")
+    Bug()"""
+    )
+    assert result.returncode == 0
+    assert "ValueError: lost" in result.stderr
+
+
+@pytest.mark.parametrize("before", ["", BACKGROUND])
+@pytest.mark.parametrize("script", ["train.py", "inference.py"])
+def test_ctrl_c_while_torch_is_loading_is_quiet(script: str, before: str, tmp_path: Path) -> None:
+    """It was a traceback of thirty lines; there is nothing to save yet. A background job ignores it."""
+    for name in ("config.py", script):
+        shutil.copy(ROOT / name, tmp_path)
+    for name in ("filelock", "numpy", "torch"):
+        (tmp_path / f"{name}.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    start = f"{before}\nimport runpy\nrunpy.run_path({script!r}, run_name='__main__')"
+    result = run_python("-c", start, cwd=tmp_path)
+    assert result.returncode == (1 if before else -signal.SIGINT)  # numpy is not what it was
+    assert ("Error" in result.stderr) if before else not result.stderr
 
 
 def test_second_signal_kills_at_once() -> None:

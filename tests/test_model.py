@@ -1,10 +1,14 @@
 """The network, its dataset and its checkpoint file: a damaged or hostile file above all."""
 
+import errno
 import os
 import pickle
+import platform
+import stat
 import subprocess
 import sys
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -23,6 +27,7 @@ from model import (
     EmotionDataset,
     build_model,
     load_checkpoint,
+    misfits,
     replace_file,
     resolve_device,
     resolve_dtype,
@@ -402,6 +407,23 @@ def test_checkpoint_holds_plain_types_and_tensors(saved: Path) -> None:
     assert set(kinds(dict(content))) <= {str, int, float, bool, type(None), torch.Tensor}
 
 
+def test_weights_may_be_stored_in_half_precision(saved: Path) -> None:
+    """Half the file, float32 in memory, and the logits that the rounding leaves."""
+    whole = load_checkpoint(saved)
+    size = saved.stat().st_size
+    halves = {
+        name: value.half() if name.endswith("weight") else value for name, value in whole.weights.items()
+    }
+    save_checkpoint(saved, replace(whole, weights=halves))
+    assert saved.stat().st_size < size
+    network = restore_model(load_checkpoint(saved), CPU)
+    assert {p.dtype for p in network.parameters()} == {torch.float32}
+    with torch.inference_mode():
+        logits = restore_model(whole, CPU)(clips(3, 20))
+        torch.testing.assert_close(network(clips(3, 20)), logits, rtol=0, atol=2e-3)
+        assert not torch.equal(network(clips(3, 20)), logits)
+
+
 def test_restored_model_gives_the_same_logits(saved: Path) -> None:
     """Bit for bit, ready for prediction."""
     restored, batch = restore_model(load_checkpoint(saved), CPU), clips(4, 40)
@@ -442,6 +464,28 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+def repeat_weights(content: dict[str, Any]) -> None:
+    """Claim a network of 200 MB, of which each weight is one number with strides of 0."""
+    cfg = Config(gru_hidden=1024, gru_layers=3)
+    with torch.device("meta"):
+        expected = build_model(cfg, 3).state_dict()
+    content["config"] = cfg.to_dict()
+    content["weights"] = {
+        name: torch.ones((), dtype=value.dtype).expand(value.shape) for name, value in expected.items()
+    }
+
+
+def bomb(path: Path) -> None:
+    """Compress the file: one of a megabyte could fill the memory a thousand times over."""
+    with zipfile.ZipFile(path) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    folder = next(iter(parts)).partition("/")[0]
+    parts[f"{folder}/data/999"] = bytes(10_000_000)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+
+
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "missing": Path.unlink,
     "empty": lambda path: path.write_bytes(b""),
@@ -477,6 +521,21 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "weight of other shape": edit(lambda content: content["weights"].update(mean=torch.zeros(7, 1))),
     "weight no tensor": edit(lambda content: content["weights"].update(mean=0.0)),
     "weight NaN": edit(lambda content: content["weights"]["head.5.weight"].fill_(torch.nan)),
+    "weight of other type": edit(lambda content: content["weights"].update(std=torch.ones(()).double())),
+    "weight sparse": edit(lambda content: content["weights"].update(std=torch.ones(1).to_sparse())),
+    "weight without numbers": edit(
+        lambda content: content["weights"].update(std=torch.ones((), device="meta"))
+    ),
+    "weights repeated": edit(repeat_weights),
+    "labels a text": edit(lambda content: content.update(labels="abc")),
+    "labels a table": edit(lambda content: content.update(labels={"Angry": 0, "Sad": 1, "Happy": 2})),
+    "epoch a text": edit(lambda content: content.update(epoch="7")),
+    "training a list": edit(lambda content: content.update(training=[1])),
+    "config a list": edit(lambda content: content.update(config=[1])),
+    "config of a network too large": edit(
+        lambda content: content["config"].update(gru_hidden=8192, gru_layers=16, conv_channels=4096)
+    ),
+    "compressed": bomb,
     "weight infinite": edit(lambda content: content["weights"]["std"].fill_(torch.inf)),
 }
 
@@ -503,6 +562,14 @@ def test_damaged_checkpoint_is_refused_in_one_line(damage: Callable[[Path], obje
         ("weight missing", "head.5.weight"),
         ("weight of other shape", "mean"),
         ("other version", f"layout {model.VERSION}"),
+        ("key too many", "bad fields surprise"),
+        ("labels a text", "bad fields labels"),
+        ("weight too many", "extra is unknown"),
+        ("weight of other type", "std is torch.float64 .., not torch.float32 .."),
+        ("config other sizes", "gru.weight_ih_l0 is .*; gru.weight_hh_l0 is "),
+        ("config of a network too large", "gru.weight_ih_l2 is missing"),
+        ("compressed", "unpack to more than its size"),
+        ("weights repeated", "weights are larger than the file"),
     ],
 )
 def test_refusal_names_what_is_wrong(damage: str, named: str, saved: Path) -> None:
@@ -510,6 +577,51 @@ def test_refusal_names_what_is_wrong(damage: str, named: str, saved: Path) -> No
     DAMAGE[damage](saved)
     with pytest.raises(UserError, match=named):
         restore_model(load_checkpoint(saved), CPU)
+
+
+@pytest.mark.parametrize("share", np.linspace(0, 0.999, 25))
+def test_checkpoint_cut_anywhere_is_refused(share: float, saved: Path) -> None:
+    content = saved.read_bytes()
+    saved.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(UserError, match="cannot be used"):
+        load_checkpoint(saved)
+
+
+def test_checkpoint_with_a_flipped_bit_is_refused_or_the_same(saved: Path, rng: np.random.Generator) -> None:
+    """Only the padding between the parts and a few notes of the archive mean nothing."""
+    content, before, n_refused = saved.read_bytes(), load_checkpoint(saved), 0
+    for place in rng.choice(len(content), 200, replace=False):
+        changed = bytearray(content)
+        changed[place] ^= 1 << int(rng.integers(8))
+        saved.write_bytes(changed)
+        try:
+            after = load_checkpoint(saved)
+        except UserError:
+            n_refused += 1
+            continue
+        assert all(torch.equal(after.weights[name], value) for name, value in before.weights.items())
+        assert replace(after, weights={}) == replace(before, weights={})
+    assert n_refused > 50
+
+
+@pytest.mark.parametrize(
+    ("value", "pattern", "expected"),
+    [
+        (3, 4.5, []),
+        (True, 1, ["x is a bool, not a number"]),
+        (None, 1.0, ["x is a NoneType, not a number"]),
+        ([1, "a"], (2, "b"), []),
+        ([1], [1, 2], ["x is a list of 1, not a list of 2"]),
+        ({"a": 1}, {"b": 1}, ["x.b is missing", "x.a is unknown"]),
+        ({"a": {"b": [0, "c"]}}, {"a": {"b": [0, 1]}}, ["x.a.b.1 is a str, not a number"]),
+        (torch.zeros(2, 3), torch.ones(2, 3), []),
+        (torch.zeros(2), torch.zeros(3), ["x is torch.float32 [2], not torch.float32 [3]"]),
+        (torch.zeros(2), [0.0, 0.0], ["x is torch.float32 [2], not a list of 2"]),
+    ],
+)
+def test_misfits(value: object, pattern: object, expected: list[str]) -> None:
+    """Values may differ, what holds them may not."""
+    assert misfits(value, pattern, "x.") == expected
 
 
 class Hostile:
@@ -617,16 +729,62 @@ def test_fault_inside_torch_save_keeps_its_kind(
 
 
 @pytest.mark.parametrize("name", ["best.pth", "[a] *.pth"])
-def test_stale_temporary_files_are_removed(name: str, tmp_path: Path) -> None:
-    """Those of a killed run, older than a minute; not those of a run beside us, nor of other files."""
-    stale, fresh, other = (tmp_path / file for file in (f"{name}.1.tmp", f"{name}.2.tmp", "a.pth.3.tmp"))
-    for path in (stale, fresh, other):
-        path.touch()
-    for path in (stale, other):
-        os.utime(path, (time.time() - 90, time.time() - 90))
+def test_temporary_files_of_killed_runs_are_removed(name: str, tmp_path: Path) -> None:
+    """At once if their process is gone, else after a minute; not those of a run beside us, nor of others."""
+    node, gone = platform.node(), subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    stale = [f"{name}.{node}.{gone.pid}.tmp", f"{name}.elsewhere.{gone.pid}.tmp", f"{name}.1.tmp"]
+    fresh = [f"{name}.{node}.{os.getppid()}.tmp", f"{name}.elsewhere.1.tmp", f"{name}.2.tmp"]
+    other = f"a.pth.{node}.{gone.pid}.tmp"
+    for file in (*stale, *fresh, other):
+        (tmp_path / file).touch()
+    for file in (*stale[1:], other):
+        os.utime(tmp_path / file, (time.time() - 90, time.time() - 90))
     with replace_file(tmp_path / name):
         pass
-    assert listing(tmp_path) == sorted([name, fresh.name, other.name])
+    assert listing(tmp_path) == sorted([name, *fresh, other])
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders cannot be opened")
+def test_folder_is_synced_after_the_file_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut could otherwise bring the old file back, though the run has gone on from the new one."""
+    steps: list[tuple[bool, bool]] = []  # whether a folder is synced, whether the new file is in place
+
+    def fsync(descriptor: int) -> None:
+        steps.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), (tmp_path / "best.pth").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with replace_file(tmp_path / "best.pth") as file:
+        file.write(b"new")
+    assert steps == [(False, False), (True, True)]
+
+
+def test_system_that_syncs_no_folder_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError
+
+    with monkeypatch.context() as patch, replace_file(tmp_path / "best.pth") as file:
+        file.write(b"new")
+        patch.setattr(os, "open", refuse)
+    assert (tmp_path / "best.pth").read_bytes() == b"new"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+def test_file_size_limit_leaves_the_old_file(saved: Path) -> None:
+    """Of a batch system: torch itself destroys the old file, and says nothing of a limit."""
+    resource = pytest.importorskip("resource")
+    old, limits = saved.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*best\.pth") as error:
+            save_checkpoint(saved, make_checkpoint())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert error.value.errno == errno.EFBIG
+    assert saved.read_bytes() == old
+    assert listing(saved.parent) == [saved.name]
 
 
 def test_file_in_the_place_of_the_folder_is_an_os_error(tmp_path: Path) -> None:
