@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -240,6 +241,36 @@ def test_two_processes_resume_one_run(demo_corpus: Path, tmp_path: Path) -> None
     for name, value in expected.weights.items():
         assert torch.equal(resumed.weights[name], value)
         assert torch.equal(resumed.training["average"][name], expected.training["average"][name])
+
+
+def children_of(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+def test_a_dead_process_ends_them_all(demo_corpus: Path, story: Story, tmp_path: Path) -> None:
+    """The other would wait for its share for ever. What is saved can be resumed."""
+    flags = ["--data_dir", demo_corpus, "--cache_dir", story.home / "cache", "--device", "cpu", *TRAIN]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(REPO / "train.py"), *map(str, flags), "--epochs", "5000", "--patience", "5000"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=env
+    ) as together:
+        assert together.stdout is not None
+        ranks = []
+        for line in together.stdout:
+            if line.startswith("epoch   2/"):
+                ranks = children_of(together.pid)
+                os.kill(ranks[1], signal.SIGKILL)
+                break
+        together.stdout.read()
+    assert len(ranks) == 2
+    assert together.returncode not in {0, None}
+    assert not [rank for rank in ranks if Path(f"/proc/{rank}").exists()]
+    assert list(tmp_path.rglob("*.tmp")) == []
+    assert load_checkpoint(tmp_path / "run" / "last.pth").epoch >= 2
 
 
 def test_two_processes_complain_once(demo_corpus: Path, tmp_path: Path) -> None:

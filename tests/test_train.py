@@ -1,5 +1,6 @@
 """The training loop: determinism, resuming, selection, scores, and what a run leaves behind."""
 
+import contextlib
 import csv
 import json
 import math
@@ -543,6 +544,113 @@ def test_resume_from_a_damaged_file_is_refused(
     assert code == (0 if name == "best.pth" else 2)
     assert (name in capfd.readouterr().err) == (code == 2)
     assert name == "last.pth" or best(cfg).epoch == 1
+
+
+def other_size(state: dict[str, Any]) -> None:
+    """As of a network that is a little larger; without a check it failed in the first step, or worse."""
+    state["optimizer"]["state"][2]["exp_avg"] = torch.zeros(5)
+
+
+BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "empty": (dict.clear, "is a finished model"),
+    "no optimizer": (lambda state: state.pop("optimizer"), "optimizer is missing"),
+    "optimizer no table": (lambda state: state.update(optimizer=[]), "optimizer is a list of 0, not a dict"),
+    "moments of another size": (other_size, r"state\.2\.exp_avg is torch.float32 \[5\], not torch.float32 "),
+    "moments of nothing": (
+        lambda state: state["optimizer"]["state"].clear(),
+        r"optimizer\.state\.0 is missing",
+    ),
+    "rate a text": (
+        lambda state: state["optimizer"]["param_groups"][0].update(lr="1"),
+        r"param_groups\.0\.lr is a str, not a number",
+    ),
+    "scheduler with a method": (lambda state: state["scheduler"].update(step=1), "scheduler.step is unknown"),
+    "average of another type": (
+        lambda state: state["average"].update(std=torch.ones((), dtype=torch.float64)),
+        r"average\.std is torch.float64 \[\], not torch.float32 \[\]",
+    ),
+    "steps none": (lambda state: state.update(n_steps=None), "n_steps is a NoneType, not a number"),
+    "history too short": (lambda state: state["history"].pop(), "history is a list of 1, not a list of 2"),
+    "row without a column": (lambda state: state["history"][1].pop("epoch"), r"history\.1\.epoch is missing"),
+    "patience lost": (lambda state: state["stopping"].pop("patience"), r"stopping\.patience is missing"),
+    "best lost": (lambda state: state.update(best=None), "best is a NoneType, not a dict"),
+    "best without a weight": (
+        lambda state: state["best"]["weights"].pop("mean"),
+        r"weights\.mean is missing",
+    ),
+    "several": (
+        lambda state: [state.pop("best"), state.pop("n_steps")],
+        "n_steps is missing; best is missing",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Config, bytes]:
+    """A run of two epochs, which the tests below damage."""
+    folder = tmp_path_factory.mktemp("run")
+    for label, hertz in (("Low", 150), ("High", 900)):
+        (folder / "data" / label).mkdir(parents=True)
+        for number in range(8):
+            soundfile.write(folder / "data" / label / f"{number}.wav", tone(hertz + number), RATE)
+    cfg = Config(
+        data_dir=str(folder / "data"), cache_dir=str(folder / "cache"), conv_channels=4, gru_hidden=8,
+        epochs=2, val_fraction=0.25, num_workers=0, device="cpu",
+    )  # fmt: skip
+    cfg = in_folder(cfg, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "save_figure", lambda *_: None)
+        fit(cfg)
+    return cfg, Path(cfg.run_dir, "last.pth").read_bytes()
+
+
+@pytest.mark.parametrize(("damage", "named"), BAD_STATES.values(), ids=BAD_STATES)
+def test_resume_from_a_malformed_state_is_refused(
+    damage: Callable[[dict[str, Any]], object],
+    named: str,
+    two_epochs: tuple[Config, bytes],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """A file that is sound but was not written by a run of ours: one line, and what is odd about it."""
+    cfg, content = two_epochs
+    path = Path(cfg.run_dir, "last.pth")
+    path.write_bytes(content)
+    checkpoint = load_checkpoint(path)
+    damage(checkpoint.training)
+    save_checkpoint(path, checkpoint)
+    before = path.read_bytes()
+    assert main(flags(replace(cfg, resume=True))) == 2
+    *_, line = capfd.readouterr().err.splitlines()
+    assert re.search(f"error: .*{named}", line)
+    assert path.read_bytes() == before
+    assert main(flags(replace(cfg, epochs=1))) == 0  # a fresh run minds nothing of it
+
+
+def test_history_that_is_a_row_behind_is_mended(tiny_cfg: Config) -> None:
+    """A kill between last.pth and history.csv of the last epoch left it so for good."""
+    fit(tiny_cfg)
+    path = Path(tiny_cfg.run_dir, "history.csv")
+    whole = path.read_bytes()
+    path.write_bytes(b"".join(whole.splitlines(keepends=True)[:-1]))
+    fit(replace(tiny_cfg, resume=True))
+    assert path.read_bytes() == whole
+
+
+def test_epoch_that_was_not_saved_is_not_counted(
+    tiny_cfg: Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C while the second epoch is being saved: --resume goes on after the first."""
+    save = Run.save
+
+    def stop(run: Run, path: Path) -> None:
+        if len(run.history) == 2:
+            raise Interrupted
+        save(run, path)
+
+    monkeypatch.setattr(Run, "save", stop)
+    assert main(flags(tiny_cfg)) == 130
+    assert "stopped after epoch 1: " in capfd.readouterr().err
+    assert last(tiny_cfg).epoch == 1
 
 
 def test_resume_takes_new_training_settings(tiny_cfg: Config, capfd: pytest.CaptureFixture[str]) -> None:
@@ -1139,6 +1247,117 @@ def test_loss_that_is_not_finite_ends_the_run(
         assert best(tiny_cfg).epoch == last(tiny_cfg).epoch == 1
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        MemoryError("Unable to allocate 2.00 GiB for an array"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has"),
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+    ],
+    ids=["numpy", "cuda", "cpu"],
+)
+def test_out_of_memory_keeps_the_finished_epochs(
+    fault: Exception,
+    tiny_cfg: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """It was a traceback; the remedy is named, and where there is room again the run goes on."""
+    straight = in_folder(tiny_cfg, tmp_path / "straight")
+    fit(straight)
+    calls = iter(range(100))
+
+    def forward(self: nn.Module, logits: Tensor, targets: Tensor) -> Tensor:
+        if next(calls) == 6:  # in the second epoch
+            raise fault
+        return criterion(self, logits, targets)
+
+    criterion = nn.CrossEntropyLoss.forward
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.CrossEntropyLoss, "forward", forward)
+        assert main(flags(tiny_cfg)) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert re.match(
+        r"error: epoch 2: out of memory, .* were wanted: lower batch_size.*of epoch 1 is kept", line
+    )
+    assert last(tiny_cfg).epoch == best(tiny_cfg).epoch == 1
+    fit(replace(tiny_cfg, resume=True))
+    assert_same_run(straight, tiny_cfg)
+
+
+def free_of(folder: Path) -> str:
+    """How a message tells the space on a disk."""
+    return f"({shutil.disk_usage(folder).free / 1e6:,.1f} MB are free there)"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of a megabyte."""
+    disk, mount = tmp_path / "disk", shutil.which("mount")
+    disk.mkdir()
+    if (
+        not mount
+        or subprocess.run([mount, "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], check=False).returncode
+    ):
+        pytest.skip("may not mount a file system")
+    yield disk
+    subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+@pytest.mark.parametrize("fault", ["full", "read-only"])
+def test_disk_that_takes_no_more_loses_nothing(
+    fault: str, small_disk: Path, tiny_cfg: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Path, reason and free space are named; what was written stays, and the run can go on later."""
+    cfg, straight = in_folder(tiny_cfg, small_disk), in_folder(tiny_cfg, tmp_path / "straight")
+    fit(replace(cfg, epochs=1))
+    before = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
+    more = replace(cfg, resume=True)
+    if fault == "full":
+        with contextlib.suppress(OSError), (small_disk / "filler").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        reason = f"{small_disk}.*: No space left on device "
+    else:
+        subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+        reason = f"{small_disk}.*: Read-only file system "
+    capfd.readouterr()
+    assert main(flags(more)) == 1
+    *_, line = capfd.readouterr().err.splitlines()
+    assert re.match(f"error: {reason}{re.escape(free_of(small_disk))}$", line)
+    after = {path: path.read_bytes() for path in small_disk.rglob("*") if path.is_file()}
+    assert {path: content for path, content in after.items() if path.name not in {"filler", "lock"}} == before
+    if fault == "full":
+        (small_disk / "filler").unlink()
+    else:
+        subprocess.run(["mount", "-o", "remount,rw", small_disk], check=True)
+    fit(more)
+    fit(straight)
+    assert_same_run(straight, cfg)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")
+def test_file_size_limit_in_mid_run(tiny_cfg: Config, capfd: pytest.CaptureFixture[str]) -> None:
+    """The first file that is too large ends the run; the model that was there is as it was."""
+    import resource
+
+    fit(replace(tiny_cfg, epochs=1))
+    old, limits = Path(tiny_cfg.checkpoint).read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, limits[1]))
+    try:
+        code = main(flags(tiny_cfg))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    *_, line = capfd.readouterr().err.splitlines()
+    assert code == 1
+    assert re.match(r"error: .*last\.pth: File too large \([\d,.]+ MB are free there\)$", line)
+    assert Path(tiny_cfg.checkpoint).read_bytes() == old
+    assert not list(Path(tiny_cfg.run_dir).parent.rglob("*.tmp"))
+
+
 def test_one_class_is_refused(tiny_cfg: Config, tone_corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """There is nothing to tell apart."""
     shutil.rmtree(tone_corpus / "High")
@@ -1172,6 +1391,32 @@ def test_second_run_in_one_folder_is_refused(tiny_cfg: Config, capfd: pytest.Cap
     assert "--run_dir" in capfd.readouterr().err
     assert not Path(tiny_cfg.checkpoint).exists()
     assert main(flags(replace(tiny_cfg, epochs=1))) == 0  # the lock goes with its holder
+
+
+def test_second_run_with_one_checkpoint_is_refused(
+    tiny_cfg: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Two folders of runs kept the runs apart, and both wrote one model; folds have models of their own."""
+    with filelock.FileLock(tmp_path / ".best.pth.lock"):
+        assert main(flags(replace(tiny_cfg, run_dir=str(tmp_path / "other")))) == 2
+        assert f"another run is writing to {tiny_cfg.checkpoint}: " in capfd.readouterr().err
+        assert not Path(tiny_cfg.checkpoint).exists()
+        assert main(flags(replace(tiny_cfg, folds=2, epochs=1))) == 0
+    assert main(flags(replace(tiny_cfg, epochs=1))) == 0
+    assert not list(tmp_path.glob(".*"))  # nothing is left beside the model
+
+
+def test_checkpoint_in_the_place_of_the_run_is_refused(tiny_cfg: Config) -> None:
+    """Model and run would overwrite each other."""
+    path = str(Path(tiny_cfg.run_dir, "last.pth"))
+    with pytest.raises(UserError, match=r"last\.pth'"):
+        fit(replace(tiny_cfg, checkpoint=path))
+
+
+def test_fewer_clips_than_processes_are_refused(tiny_cfg: Config) -> None:
+    """Each would have a batch of one, which batch norm cannot learn from: no batch at all."""
+    with pytest.raises(UserError, match="10 training clips are too few for 10 processes"):
+        fit(replace(tiny_cfg, batch_size=64), Team(0, 10))
 
 
 @pytest.mark.parametrize("field", ["run_dir", "checkpoint", "cache_dir"])
