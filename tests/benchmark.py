@@ -133,6 +133,13 @@ def write_waves(paths: Sequence[Path], folder: Path) -> list[Path]:
     return copies
 
 
+def bare_load(path: Path, cfg: Config) -> None:
+    """Decode and resample, and nothing else."""
+    clip, rate = soundfile.read(path, frames=int(cfg.duration * 48000), dtype="float32")
+    if rate != cfg.sample_rate:
+        soxr.resample(clip, rate, cfg.sample_rate, quality="HQ")
+
+
 def feature_rows(paths: Sequence[Path], cfg: Config, scratch: Path, repeats: int) -> list[Row]:
     """Single clips, one thread."""
     paths = paths[:100]
@@ -145,11 +152,13 @@ def feature_rows(paths: Sequence[Path], cfg: Config, scratch: Path, repeats: int
     tensors = [torch.from_numpy(wave)[None] for wave in waves]
     copies = write_waves(paths, scratch / "waves")
     bare = bare_features(tensors[0][0], cfg)
-    ours, theirs, wav, their_wav, step, their_step, floor = race(
+    ours, theirs, least, wav, their_wav, least_wav, step, their_step, floor = race(
         lambda: [extract_file(path, cfg) for path in paths],
         lambda: [librosa_features(path, cfg) for path in paths],
+        lambda: [(bare_load(path, cfg), bare()) for path in paths],
         lambda: [extract_file(path, cfg) for path in copies],
         lambda: [librosa_features(path, cfg) for path in copies],
+        lambda: [(bare_load(path, cfg), bare()) for path in copies],
         lambda: [extract_features(tensor, cfg) for tensor in tensors],
         lambda: [librosa_of_wave(wave, cfg) for wave in waves],
         lambda: [bare() for _ in paths],
@@ -157,7 +166,11 @@ def feature_rows(paths: Sequence[Path], cfg: Config, scratch: Path, repeats: int
     )
     return [
         Row(f"clip: {paths[0].suffix} file to features", ours, "librosa.load, mfcc and two delta", theirs),
+        Row(
+            f"clip: {paths[0].suffix} file to features", ours, "bare decoder, resampler and arithmetic", least
+        ),
         Row("clip: 48 kHz wav file to features", wav, "librosa.load, mfcc and two delta", their_wav),
+        Row("clip: 48 kHz wav file to features", wav, "bare decoder, resampler and arithmetic", least_wav),
         Row("clip: wave to features", step, "librosa mfcc and two delta", their_step),
         Row("clip: wave to features", step, "bare FFT, mel, log and DCT", floor),
     ]
@@ -539,7 +552,7 @@ def main() -> None:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         rows = feature_rows(paths, cfg, Path(scratch), arguments.repeats)
-        rows += core_rows(every[:: max(1, len(every) // 3000)], cfg, arguments.repeats)
+        rows += core_rows(every[:: max(1, len(every) // 6000)], cfg, arguments.repeats)
         torch.set_num_threads(threads)
         rows += inference_rows(paths, cfg, arguments.repeats)
         rows += training_rows(cfg, arguments.repeats)
