@@ -135,9 +135,10 @@ def write_waves(paths: Sequence[Path], folder: Path) -> list[Path]:
 
 def bare_load(path: Path, cfg: Config) -> None:
     """Decode and resample, and nothing else."""
-    clip, rate = soundfile.read(path, frames=int(cfg.duration * 48000), dtype="float32")
-    if rate != cfg.sample_rate:
-        soxr.resample(clip, rate, cfg.sample_rate, quality="HQ")
+    with soundfile.SoundFile(path) as file:
+        clip = file.read(round(cfg.duration * file.samplerate), dtype="float32")
+        if file.samplerate != cfg.sample_rate:
+            soxr.resample(clip, file.samplerate, cfg.sample_rate, quality="HQ")
 
 
 def feature_rows(paths: Sequence[Path], cfg: Config, scratch: Path, repeats: int) -> list[Row]:
@@ -164,13 +165,12 @@ def feature_rows(paths: Sequence[Path], cfg: Config, scratch: Path, repeats: int
         lambda: [bare() for _ in paths],
         repeats=repeats,
     )
+    what, copy = f"clip: {paths[0].suffix} file to features", "clip: 48 kHz wav file to features"
     return [
-        Row(f"clip: {paths[0].suffix} file to features", ours, "librosa.load, mfcc and two delta", theirs),
-        Row(
-            f"clip: {paths[0].suffix} file to features", ours, "bare decoder, resampler and arithmetic", least
-        ),
-        Row("clip: 48 kHz wav file to features", wav, "librosa.load, mfcc and two delta", their_wav),
-        Row("clip: 48 kHz wav file to features", wav, "bare decoder, resampler and arithmetic", least_wav),
+        Row(what, ours, "librosa.load, mfcc and two delta", theirs),
+        Row(what, ours, "bare decoder, resampler and arithmetic", least),
+        Row(copy, wav, "librosa.load, mfcc and two delta", their_wav),
+        Row(copy, wav, "bare decoder, resampler and arithmetic", least_wav),
         Row("clip: wave to features", step, "librosa mfcc and two delta", their_step),
         Row("clip: wave to features", step, "bare FFT, mel, log and DCT", floor),
     ]
