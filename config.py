@@ -400,7 +400,7 @@ def die_quietly() -> None:
 
 
 def _send(signum: int) -> None:
-    """Signal this process from another thread than the main one, which wakes up from whatever it waits for."""
+    """Signal this process so that its main thread wakes up from whatever it waits for."""
     if os.name == "posix":
         os.kill(os.getpid(), signum)
     else:  # where os.kill would end the process
