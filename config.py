@@ -401,6 +401,14 @@ def die_quietly() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def _send(signum: int) -> None:
+    """Signal this process so that its main thread wakes up from whatever it waits for."""
+    if os.name == "posix":
+        os.kill(os.getpid(), signum)
+    else:  # where os.kill would end the process
+        signal.raise_signal(signum)
+
+
 def _drop_output() -> None:
     """Empty the buffer of stdout, into nowhere if it cannot go out: at exit Python would complain of it."""
     try:
@@ -430,7 +438,7 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
             if isinstance(lost.exc_value, Interrupted):
                 signum = lost.exc_value.code - 128
                 signal.signal(signum, stop)
-                threading.Timer(0.01, signal.raise_signal, [signum]).start()
+                threading.Timer(0.01, _send, [signum]).start()
             else:
                 hook(lost)
 

@@ -734,7 +734,7 @@ def test_temporary_files_of_killed_runs_are_removed(name: str, tmp_path: Path) -
     node, gone = platform.node(), subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     stale = [f"{name}.{node}.{gone.pid}.tmp", f"{name}.elsewhere.{gone.pid}.tmp", f"{name}.1.tmp"]
-    fresh = [f"{name}.{node}.{os.getppid()}.tmp", f"{name}.elsewhere.1.tmp", f"{name}.2.tmp"]
+    fresh = [f"{name}.{node}.{os.getppid()}.tmp", f"{name}.far.away.{gone.pid}.tmp", f"{name}.2.tmp"]
     other = f"a.pth.{node}.{gone.pid}.tmp"
     for file in (*stale, *fresh, other):
         (tmp_path / file).touch()
@@ -769,6 +769,21 @@ def test_system_that_syncs_no_folder_is_no_fault(tmp_path: Path, monkeypatch: py
         file.write(b"new")
         patch.setattr(os, "open", refuse)
     assert (tmp_path / "best.pth").read_bytes() == b"new"
+
+
+def test_read_only_disk_is_told_of_the_file_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a disk refuses even to remove what is not there, and the message named the temporary file."""
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(OSError, match="Read-only") as error, replace_file(tmp_path / "best.pth"):
+        pass
+    assert error.value.filename == str(tmp_path / "best.pth")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of POSIX")

@@ -573,6 +573,8 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "history too short": (lambda state: state["history"].pop(), "history is a list of 1, not a list of 2"),
     "row without a column": (lambda state: state["history"][1].pop("epoch"), r"history\.1\.epoch is missing"),
     "patience lost": (lambda state: state["stopping"].pop("patience"), r"stopping\.patience is missing"),
+    "stopping lost": (lambda state: state.pop("stopping"), "stopping is missing"),
+    "stopping a list": (lambda state: state.update(stopping=[]), "stopping is a list of 0, not a dict"),
     "best lost": (lambda state: state.update(best=None), "best is a NoneType, not a dict"),
     "best without a weight": (
         lambda state: state["best"]["weights"].pop("mean"),
