@@ -532,6 +532,7 @@ def iter_features(
     n_workers = min(n_processes(cfg), -(-len(paths) // CHUNK))
     chunks = deque(paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK))
     if n_workers < (1 if START_METHOD == "fork" else 2):  # elsewhere the start of one takes seconds
+        keep_freed_memory()
         for chunk in chunks:
             yield from _extract_chunk(chunk, cfg)
         return
@@ -553,6 +554,18 @@ def iter_features(
             yield from results
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep freed memory for what comes next, where it can be told to.
+
+    glibc gives megabytes back to the system at once, and gets them again page by page: that took a third of
+    the time of a clip, and a twentieth of a training step.
+    """
+    tell = getattr(_c_library(), "mallopt", None)
+    if tell is not None:
+        tell(-3, 1 << 25)  # M_MMAP_THRESHOLD: below 32 MB, the most there is, from the heap
+        tell(-1, 1 << 28)  # M_TRIM_THRESHOLD: up to 256 MB are kept
 
 
 def n_processes(cfg: Config) -> int:
@@ -593,6 +606,7 @@ def _start_worker() -> None:
     """Leave signals to the parent, use one core, and end with the parent, however it ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    keep_freed_memory()
     gc.freeze()  # or the collector would write to, and so copy, all that the parent has: a list of all files
     torch.set_num_threads(1)  # also since a forked process would wait for threads that only its parent has
     parent = multiprocessing.parent_process()

@@ -68,6 +68,7 @@ from prepare import (
     Split,
     augment_features,
     feature_stats,
+    keep_freed_memory,
     load_corpus,
     split_corpus,
 )
@@ -660,6 +661,7 @@ def fit(cfg: Config, team: Team = _ALONE, *, fold: int = 0) -> dict[str, Any]:
         UserError: Data, settings or checkpoint do not allow the run, or its loss is no longer finite.
         Interrupted: Ctrl-C or SIGTERM; the finished epochs are saved.
     """
+    keep_freed_memory()
     device = team.device(cfg.device)
     run_dir, best_path, last_path = Path(cfg.run_dir), Path(cfg.checkpoint), Path(cfg.run_dir, "last.pth")
     if best_path.is_dir():
