@@ -5,10 +5,11 @@
 fills the cache and prints clips and seconds per class, and what was skipped and why.
 """
 
-from config import Config, UserError, command, parse_config, printable, say
+from config import Config, UserError, command, die_quietly, parse_config, printable, say
 
 if __name__ == "__main__":
     # Answers --help and refuses a bad flag at once: torch takes seconds to load.
+    die_quietly()
     parse_config(description=__doc__)
 
 import contextlib
@@ -23,6 +24,7 @@ import math
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import stat
 import sys
@@ -120,6 +122,12 @@ def find_labels(data_dir: Path, *, skip: Path | None = None) -> tuple[str, ...]:
     labels = sorted(p.name for p in folders if p.name.lower() != "test" and p.resolve() not in others)
     if not labels:
         raise UserError(f"no class folders in {data_dir}: expected one folder of clips per emotion")
+    for label in labels:
+        if "\r" in label or any("\ud800" <= character <= "\udfff" for character in label):
+            raise UserError(
+                f"class folder {data_dir / label}: its name holds a carriage return or bytes that are not "
+                "UTF-8, and so no submission can hold it: rename it"
+            )
     return tuple(labels)
 
 
@@ -868,25 +876,30 @@ def _write_shard(
     rows: list[CacheRow] = []
     failures: list[AudioError] = []
     crc = 0
-    with shard.open("wb") as file:
-        for path, result in results:
-            if isinstance(result, AudioError):
-                failures.append(result)
-                continue
-            content = result.features.tobytes()
-            file.write(content)
-            crc = zlib.crc32(content, crc)
-            rows.append(index.row(path, result))
-        file.flush()
-        os.fsync(file.fileno())
-    if not rows:
-        shard.unlink()
-        return failures
-    table = {"mtime_ns": shard.stat().st_mtime_ns, "crc32": crc, "clips": rows}
-    half = shard.with_suffix(".tmp")
-    half.write_text(json.dumps(table), encoding="utf-8")
-    half.replace(shard.with_suffix(".json"))
-    index.take(shard, rows)
+    half = shard.with_suffix(".tmp")  # of the table
+    try:
+        with shard.open("wb") as file:
+            for path, result in results:
+                if isinstance(result, AudioError):
+                    failures.append(result)
+                    continue
+                content = result.features.tobytes()
+                file.write(content)
+                crc = zlib.crc32(content, crc)
+                rows.append(index.row(path, result))
+            file.flush()
+            os.fsync(file.fileno())
+        if rows:
+            table = {"mtime_ns": shard.stat().st_mtime_ns, "crc32": crc, "clips": rows}
+            half.write_text(json.dumps(table), encoding="utf-8")
+            half.replace(shard.with_suffix(".json"))
+            index.take(shard, rows)
+    except OSError as error:  # that of a failing write does not say where
+        raise OSError(error.errno, error.strerror or str(error), str(shard)) from None
+    finally:
+        if not shard.with_suffix(".json").exists():  # nothing was readable, or it did not come to the end
+            half.unlink(missing_ok=True)
+            shard.unlink(missing_ok=True)
     return failures
 
 
@@ -1343,14 +1356,14 @@ def make_demo(folder: Path, *, n_speakers: int = 10, n_takes: int = 9, seed: int
     if folder.exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
-        draft = Path(scratch) / folder.name
-        write_demo(draft, n_speakers, n_takes, seed)
-        try:
-            draft.replace(folder)
-        except OSError:
-            if not folder.exists():  # else another run has made the same meanwhile
-                raise
+    with filelock.FileLock(folder.with_name(f".{folder.name}.lock")):
+        for stale in folder.parent.glob(f".{folder.name}-*"):  # of a run that was killed
+            shutil.rmtree(stale, ignore_errors=True)
+        if not folder.exists():  # else another run has made it meanwhile
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+                draft = Path(scratch) / folder.name
+                write_demo(draft, n_speakers, n_takes, seed)
+                draft.replace(folder)
 
 
 def write_demo(folder: Path, n_speakers: int, n_takes: int, seed: int) -> None:

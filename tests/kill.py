@@ -272,8 +272,7 @@ def disturb(
                 hits[describe(script, home, stale), went_on] += 1
             else:
                 assert code in CODES[signal.Signals(int(signum))], (code, log)
-                # Features without a table go when the cache is next filled.
-                left = {name for name in half_written(home) - stale if not name.endswith(".f32")}
+                left = half_written(home) - stale
                 assert not left, f"{left} left by {script} after signal {signum}"
                 hits[f"{script}, {signal.Signals(int(signum)).name}", IN_ORDER] += 1
             stale = half_written(home)

@@ -675,7 +675,7 @@ def test_other_lost_exceptions_are_still_told() -> None:
 
 
 @pytest.mark.parametrize("before", ["", BACKGROUND])
-@pytest.mark.parametrize("script", ["train.py", "inference.py"])
+@pytest.mark.parametrize("script", ["prepare.py", "train.py", "inference.py"])
 def test_ctrl_c_while_torch_is_loading_is_quiet(script: str, before: str, tmp_path: Path) -> None:
     """It was a traceback of thirty lines; there is nothing to save yet. A background job ignores it."""
     for name in ("config.py", script):

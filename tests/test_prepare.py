@@ -16,12 +16,15 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import librosa
 import numpy as np
@@ -1752,7 +1755,7 @@ def test_interrupted_demo_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         patch.setattr(prepare, "synthesize_clip", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make_demo(tmp_path / "data" / "demo")
-    assert list((tmp_path / "data").iterdir()) == []
+    assert [path.name for path in (tmp_path / "data").iterdir()] == [".demo.lock"]
     make_demo(tmp_path / "data" / "demo", n_speakers=1, n_takes=1)
     assert len(find_audio(tmp_path / "data")) == 14
 
@@ -1957,16 +1960,56 @@ def test_bad_manifest(content: str | None, match: str, small_corpus: Config, tmp
 
 
 def test_two_runs_may_make_the_demo_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second finds the folder of the first in its way, and takes it."""
-    folder = tmp_path / "demo"
+    """The second waits, and takes what the first has made."""
+    folder, drafts = tmp_path / "demo", list[Path]()
 
     def write(draft: Path, *_: object) -> None:
-        for made in (draft, folder):  # the other run is ready just before us
-            (made / "Angry").mkdir(parents=True)
+        drafts.append(draft)
+        draft.mkdir()
+        time.sleep(0.2)
 
     monkeypatch.setattr(prepare, "write_demo", write)
-    prepare.make_demo(folder)
-    assert [path.name for path in tmp_path.rglob("*")] == ["demo", "Angry"]
+    runs = [threading.Thread(target=prepare.make_demo, args=(folder,)) for _ in range(2)]
+    for run in runs:
+        run.start()
+    for run in runs:
+        run.join()
+    assert len(drafts) == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"demo", ".demo.lock"}
+
+
+def test_demo_of_a_killed_run_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    touch(tmp_path, ".demo-x1/demo/Angry/a.wav", "other/b.wav")
+    monkeypatch.setattr(prepare, "write_demo", lambda draft, *_: draft.mkdir())
+    prepare.make_demo(tmp_path / "demo")
+    assert {path.name for path in tmp_path.iterdir()} == {"demo", ".demo.lock", "other"}
+
+
+@pytest.mark.parametrize("name", ["Sad\r", "Sad\udcff"])
+def test_class_that_no_submission_can_hold_is_refused(name: str, tmp_path: Path) -> None:
+    """Before any work: it was a traceback at the very end."""
+    (tmp_path / name).mkdir()
+    with pytest.raises(UserError, match="rename it"):
+        find_labels(tmp_path)
+
+
+@pytest.mark.parametrize("fault", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_fault_while_filling_leaves_nothing_half_written(
+    fault: BaseException, tmp_path: Path, cached: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a full disk says where; what was there before stays."""
+    first, second = write_clips(tmp_path / "clips", 2)
+    load_features([first], cached)
+    folder = shard_of(cached).parent
+    before = sorted(folder.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(zlib, "crc32", Mock(side_effect=fault))
+        with pytest.raises(type(fault)) as raised:
+            load_features([first, second], cached)
+    assert sorted(folder.iterdir()) == before
+    if isinstance(raised.value, OSError):
+        assert str(folder) in str(raised.value.filename)
+    np.testing.assert_array_equal(all_features([first, second], cached), direct([first, second]))
 
 
 def test_test_folder_is_no_class_however_it_is_spelled(tmp_path: Path) -> None:
