@@ -234,3 +234,15 @@ def test_gate_runs_the_commands_of_the_readme(mark: str) -> None:
 def test_readme_has_no_placeholder() -> None:
     """Such as a number still to be measured."""
     assert not re.findall(r"\b(?:TODO|TBD|FIXME|XXX|RESULTS(?:_TABLE)?|MINUTES|SECONDS)\b", readme())
+
+
+def test_table_of_faults_names_tests_that_exist() -> None:
+    """Whole names, or their beginnings before three dots, or their ends after three."""
+    text = (REPO / "tests" / "README.md").read_text(encoding="utf-8")
+    programs = "\n".join(path.read_text(encoding="utf-8") for path in (REPO / "tests").glob("test_*.py"))
+    defined = re.findall(r"^def (test_\w+)", programs, re.MULTILINE)
+    names = re.findall(r"`((?:test|\.\.\.)_\w+(?:\.\.\.)?)`", text)
+    assert len(names) > 60
+    for name in names:
+        pattern = name.replace("...", ".*")
+        assert any(re.fullmatch(pattern, other) for other in defined), name
