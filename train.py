@@ -27,6 +27,7 @@ if __name__ == "__main__":
 import contextlib
 import copy
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -709,6 +710,12 @@ def fit(cfg: Config, team: Team = _ALONE, *, fold: int = 0) -> dict[str, Any]:
     return metrics
 
 
+def make_copies(features: Tensor, cfg: Config) -> Tensor:
+    """Copy a batch (B, F, T) for each member of the ensemble, every clip augmented anew: (M * B, F, T)."""
+    copies = features.repeat(cfg.ensemble, 1, 1)
+    return augment_features(copies, cfg) if cfg.warp or cfg.stretch or cfg.shift else copies
+
+
 def train_epochs(
     run: Run, model: nn.Module, loaders: Sequence[Loader], criterion: nn.Module, *, team: Team = _ALONE
 ) -> None:
@@ -729,11 +736,7 @@ def train_epochs(
     run_dir, best_path = Path(cfg.run_dir), Path(cfg.checkpoint)
     dtype = resolve_dtype(cfg.precision, next(model.parameters()).device)
     n_saved = len(run.history)
-
-    def augment(features: Tensor) -> Tensor:
-        copies = features.repeat(cfg.ensemble, 1, 1)
-        return augment_features(copies, cfg) if cfg.warp or cfg.stretch or cfg.shift else copies
-
+    augment = functools.partial(make_copies, cfg=cfg)
     try:
         while not run.is_over:
             started = time.perf_counter()

@@ -47,7 +47,6 @@ from prepare import (
     FeatureArray,
     IntArray,
     Split,
-    augment_features,
     dct_matrix,
     extract_features,
     extract_file,
@@ -61,7 +60,7 @@ from prepare import (
     split_corpus,
     write_demo,
 )
-from train import EarlyStopping, Outcome, Run, make_loader, make_report, run_epoch
+from train import EarlyStopping, Outcome, Run, make_copies, make_loader, make_report, run_epoch
 
 
 class Row(NamedTuple):
@@ -222,7 +221,7 @@ def training_rows(cfg: Config, repeats: int) -> list[Row]:
     loader = make_loader(corpus, indices, cfg.batch_size, shuffle=True)
     run = Run.start(cfg, corpus, Split(indices, indices, indices), torch.device("cpu"), 1000 * repeats)
     criterion, dtype = nn.CrossEntropyLoss(), resolve_dtype(cfg.precision, torch.device("cpu"))
-    ready = list(loader)
+    ready = [(make_copies(features, cfg), targets.repeat(cfg.ensemble)) for features, targets in loader]
 
     def bare() -> None:
         run.model.train()
@@ -233,7 +232,7 @@ def training_rows(cfg: Config, repeats: int) -> list[Row]:
             criterion(logits, targets).backward()
 
     def epoch() -> None:
-        augment = functools.partial(augment_features, cfg=cfg)
+        augment = functools.partial(make_copies, cfg=cfg)
         run_epoch(run.model, loader, criterion, learn=run.learn, augment=augment, dtype=dtype)
 
     ours, floor = race(epoch, bare, repeats=repeats)
