@@ -566,8 +566,8 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     ),
     "scheduler with a method": (lambda state: state["scheduler"].update(step=1), "scheduler.step is unknown"),
     "average of another type": (
-        lambda state: state["average"].update(std=torch.ones((), dtype=torch.float64)),
-        r"average\.std is torch.float64 \[\], not torch.float32 \[\]",
+        lambda state: state["average"].update({"members.0.std": torch.ones((), dtype=torch.float64)}),
+        r"average\.members\.0\.std is torch.float64 \[\], not torch.float32 \[\]",
     ),
     "steps none": (lambda state: state.update(n_steps=None), "n_steps is a NoneType, not a number"),
     "history too short": (lambda state: state["history"].pop(), "history is a list of 1, not a list of 2"),
@@ -577,8 +577,8 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "stopping a list": (lambda state: state.update(stopping=[]), "stopping is a list of 0, not a dict"),
     "best lost": (lambda state: state.update(best=None), "best is a NoneType, not a dict"),
     "best without a weight": (
-        lambda state: state["best"]["weights"].pop("mean"),
-        r"weights\.mean is missing",
+        lambda state: state["best"]["weights"].pop("members.0.mean"),
+        r"weights\.members\.0\.mean is missing",
     ),
     "several": (
         lambda state: [state.pop("best"), state.pop("n_steps")],
