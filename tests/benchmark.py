@@ -183,12 +183,12 @@ def core_rows(paths: Sequence[Path], cfg: Config, repeats: int) -> list[Row]:
     give nothing back.
     """
     n_cores = n_processes(cfg)
-    alone = replace(cfg, num_workers=0)
+    alone, bare = replace(cfg, num_workers=1), replace(cfg, num_workers=0)
     context = multiprocessing.get_context(START_METHOD)
 
     def apart() -> None:
         shares = [
-            context.Process(target=extract_share, args=(paths[k::n_cores], alone)) for k in range(n_cores)
+            context.Process(target=extract_share, args=(paths[k::n_cores], bare)) for k in range(n_cores)
         ]
         for share in shares:
             share.start()
