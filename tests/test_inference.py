@@ -19,7 +19,7 @@ import torch
 
 import inference
 import train
-from config import Config
+from config import RUNTIME_FIELDS, SPLIT_FIELDS, Config
 from inference import main
 from model import Checkpoint, load_checkpoint, save_checkpoint
 from tests.conftest import RATE, tone
@@ -677,3 +677,20 @@ def test_threads_are_given_back() -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def test_bundled_model_is_that_of_the_default_recipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Small enough to clone, free of paths of the machine it was made on, and it labels a clip."""
+    assert inference.PRETRAINED.stat().st_size < 6 * 2**20
+    checkpoint = load_checkpoint(inference.PRETRAINED)
+    assert not checkpoint.config.differences(Config(), ignore=RUNTIME_FIELDS | SPLIT_FIELDS)
+    texts = [value for value in checkpoint.config.to_dict().values() if isinstance(value, str)]
+    assert not any(Path(text).is_absolute() for text in texts)
+    write_tone(tmp_path / "a.wav", "Angry")
+    assert label("--checkpoint", inference.PRETRAINED, tmp_path / "a.wav") == 0
+    _, row = capsys.readouterr().out.splitlines()
+    probabilities = [float(value) for value in row.split(",")[3:]]
+    assert len(probabilities) == 7
+    assert sum(probabilities) == pytest.approx(1, abs=1e-3)
