@@ -394,7 +394,7 @@ def test_folder_that_cannot_be_listed(
         return scandir(folder)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert find_audio(tmp_path) == [tmp_path / "a" / "x.wav"]
+    assert find_audio(tmp_path) == [str(tmp_path / "a" / "x.wav")]
     err = capsys.readouterr().err
     assert "skipped" in err
     assert "Permission denied" in err
@@ -426,7 +426,7 @@ def test_foreign_formats_are_named(suffix: str, tmp_path: Path) -> None:
     """They are listed, so that they are not overlooked, and refused without being opened."""
     path = tmp_path / f"a{suffix}"
     os.mkfifo(path)
-    assert find_audio(tmp_path) == [path]
+    assert find_audio(tmp_path) == [str(path)]
     with pytest.raises(AudioError, match=rf"{suffix} cannot be decoded: convert it to wav"):
         load(path)
 
@@ -519,7 +519,8 @@ def test_a_cut_file_gives_what_it_has(
     path = write_noise(tmp_path / f"a.{suffix}", seconds=2.5, rate=48000, **options)
     whole, nothing = load_audio(path, sample_rate=RATE, n_samples=66150)
     cut(path, 0.7)
-    part, told = load_audio(path, sample_rate=RATE, n_samples=66150)
+    with prepare.silenced():  # as iter_features does
+        part, told = load_audio(path, sample_rate=RATE, n_samples=66150)
     assert nothing == ""
     assert told.startswith(warning)
     assert 0.3 < part.size / whole.size < 0.8
