@@ -163,7 +163,8 @@ class EmotionEnsemble(nn.Module):
         if self.training:
             parts = features.chunk(len(self.members))
             return torch.cat([member(part) for member, part in zip(self.members, parts, strict=True)])
-        return torch.stack([member(features).softmax(dim=1) for member in self.members]).mean(dim=0).log()
+        shares = torch.stack([member(features).softmax(dim=1) for member in self.members]).mean(dim=0)
+        return shares.clamp(min=1e-30).log()  # a share that underflows to 0 would make the loss infinite
 
 
 Network: TypeAlias = EmotionCNNGRU | EmotionEnsemble
@@ -250,7 +251,7 @@ class Checkpoint:
 
     config: Config
     labels: tuple[str, ...]  # class names in the order of the logits
-    weights: dict[str, Tensor]  # state of EmotionCNNGRU, feature statistics (mean, std) included
+    weights: dict[str, Tensor]  # state of the Network, feature statistics (mean, std) included
     epoch: int  # finished epochs when it was made
     scores: dict[str, float]  # of this epoch on the validation clips: accuracy, uar, macro_f1
     n_clips: dict[str, int]  # training clips per class

@@ -212,6 +212,18 @@ def test_members_are_heard_together() -> None:
     assert (shares[0] - shares[1]).abs().max() > 1e-3
 
 
+def test_sure_members_leave_finite_logits() -> None:
+    """A probability of 0 has no logarithm, and label smoothing would ask for it."""
+    network = make_model(ENSEMBLE)
+    with torch.inference_mode():
+        network.members[0].head[-1].weight *= 1e6
+        for member in network.members:  # of one opinion
+            member.load_state_dict(network.members[0].state_dict())
+        logits = network(clips(4, 20))
+    assert logits.isfinite().all()
+    assert (logits.softmax(dim=1).amin(dim=1) < 1e-20).all()
+
+
 def test_members_learn_apart() -> None:
     """In training each has a batch of its own, and no gradient from another's."""
     network, batch = make_model(ENSEMBLE).train(), clips(12, 20)
