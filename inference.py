@@ -280,7 +280,7 @@ def find_checkpoint(runtime: Config) -> Path:
     own = Path(runtime.checkpoint)
     if own.exists() or runtime.demo or runtime.checkpoint != Config().checkpoint or not PRETRAINED.is_file():
         return own
-    say(f"note: no {own} yet: the labels are those of {PRETRAINED.parent.name}/{PRETRAINED.name}")
+    say(f"note: no {own} yet: taking the model that comes with the project")
     return PRETRAINED
 
 
@@ -290,12 +290,12 @@ def label(runtime: Config, paths: Sequence[str]) -> int:
     Raises:
         UserError: Checkpoint, settings or clips do not allow it.
     """
-    checkpoint = load_checkpoint(find_checkpoint(runtime))
+    path = find_checkpoint(runtime)
+    checkpoint = load_checkpoint(path)
     cfg = checkpoint.config.with_runtime(runtime)
     if checkpoint.epoch == 0:
-        raise UserError(
-            f"{runtime.checkpoint} holds an untrained network: its run ended before the first epoch"
-        )
+        raise UserError(f"{path} holds an untrained network: its run ended before the first epoch")
+    say(f"model: {path}, as it was after epoch {checkpoint.epoch}")
     if differences := runtime.differences(cfg, ignore=RESUMABLE_FIELDS | SPLIT_FIELDS):
         say(f"note: settings are those of the checkpoint, not of config.py ({'; '.join(differences)})")
     if checkpoint.config.demo:

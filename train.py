@@ -16,6 +16,7 @@ from config import (
     die_quietly,
     name_memory,
     parse_config,
+    printable,
     say,
 )
 
@@ -38,6 +39,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
@@ -696,7 +698,8 @@ def fit(cfg: Config, team: Team = _ALONE, *, fold: int = 0) -> dict[str, Any]:
         for (name, part), loader in zip(split._asdict().items(), loaders, strict=True)
         if name != "train" and len(part)
     }
-    print("\n".join(report.table(_PARTS[name]) for name, report in reports.items()))
+    for name, report in reports.items():
+        print(report.table(_PARTS[name]))
     metrics = summarize(run, corpus, split, reports, team=team)
     if team.leads:
         write_json(run_dir / "metrics.json", metrics)
@@ -847,7 +850,7 @@ class Report(NamedTuple):
 
     def table(self, title: str) -> str:
         """Lay the scores out for a terminal."""
-        width = max(len(name) for name in [*self.per_class, *self.per_corpus, "per corpus"])
+        width = max(len(printable(name)) for name in [*self.per_class, *self.per_corpus, "per corpus"])
         names = {"accuracy": "accuracy", "uar": "unweighted average recall", "macro_f1": "macro F1"}
         overall = [
             f"{text} {self.overall[name]:.1%} [{low:.1%}, {high:.1%}]"
@@ -862,7 +865,7 @@ class Report(NamedTuple):
             shares = (
                 f"{_percent(row['precision']):>9}  {_percent(row['recall']):>6}  {_percent(row['f1']):>5}"
             )
-            lines.append(f"{name:{width}}  {shares}  {row['clips']:5d}")
+            lines.append(f"{printable(name):{width}}  {shares}  {row['clips']:5d}")
         lines.append(f"{'per corpus':{width}}  accuracy  clips")
         for name, row in self.per_corpus.items():
             lines.append(f"{name:{width}}  {row['accuracy']:8.1%}  {row['clips']:5d}")
@@ -1101,8 +1104,8 @@ def pool_folds(paths: Sequence[Path], corpus: Corpus) -> Report:
     number = {clip.path: index for index, clip in enumerate(corpus.clips)}
     for path in paths:
         with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
-            for row in csv.DictReader(file):
-                probabilities[number[row["filename"]]] = [float(row[label]) for label in corpus.labels]
+            for path_of_clip, _, _, *shares in islice(csv.reader(file), 1, None):
+                probabilities[number[path_of_clip]] = list(map(float, shares))
     if np.isnan(probabilities).any():
         raise UserError(f"{paths[0].parent.parent}: the folds do not hold every clip once")
     true = probabilities[np.arange(len(corpus.clips)), corpus.targets]

@@ -540,13 +540,12 @@ def pretrained(home: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-@pytest.mark.usefixtures("pretrained")
-def test_pretrained_model_stands_in(capsys: pytest.CaptureFixture[str]) -> None:
+def test_pretrained_model_stands_in(pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert label("a.wav") == 0
     out, err = capsys.readouterr()
     assert out.splitlines()[1].startswith("a.wav,Neutral,")
     assert "no best_emotion_model.pth yet" in err
-    assert "assets/pretrained.pth" in err
+    assert f"model: {pretrained}, " in err
 
 
 def test_own_model_goes_before_the_pretrained_one(
@@ -555,7 +554,9 @@ def test_own_model_goes_before_the_pretrained_one(
     shutil.copy(pretrained, "best_emotion_model.pth")
     pretrained.write_text("damaged")
     assert label("a.wav") == 0
-    assert "pretrained" not in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "pretrained" not in err
+    assert "model: best_emotion_model.pth, " in err
 
 
 @pytest.mark.parametrize("arguments", [["--checkpoint", "other.pth"], ["--demo"], []])

@@ -1086,6 +1086,16 @@ def test_folds_pool_every_clip(tiny_cfg: Config, capsys: pytest.CaptureFixture[s
     assert not Path(cfg.checkpoint).exists()  # it is no model of all the data
 
 
+def test_classes_named_like_columns(tiny_cfg: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """Predictions have columns beside those of the classes; and a class must not steer a terminal."""
+    for old, new in (("Low", "predicted"), ("High", "\x1b[31mred")):
+        Path(tiny_cfg.data_dir, old).rename(Path(tiny_cfg.data_dir, new))
+    assert main(flags(replace(tiny_cfg, folds=2, epochs=1))) == 0
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\\x1b[31mred" in out
+
+
 def test_impossible_fold_is_told_before_any_training(
     tiny_cfg: Config, capsys: pytest.CaptureFixture[str]
 ) -> None:
