@@ -10,6 +10,7 @@ import dataclasses
 import errno
 import functools
 import inspect
+import io
 import os
 import re
 import reprlib
@@ -363,8 +364,20 @@ def printable(text: str) -> str:
 
 def say(message: str) -> None:
     """Print one line to stderr; stdout is for results. Of the processes of torchrun the first one speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(printable(message), file=sys.stderr, flush=True)
+    # Some clusters set RANK for all that they start; and whoever reads the messages may leave before the end.
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            print(printable(message), file=sys.stderr, flush=True)
+
+
+def tell(text: str) -> None:
+    """Print a result of a run that goes on when nobody can have it: its model is worth more."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # of which to be quiet is the custom
+            say(f"warning: no output from here on: {error.strerror}")
+        _drop_output()
 
 
 def _describe(error: OSError) -> str:
@@ -407,6 +420,16 @@ def _send(signum: int) -> None:
         os.kill(os.getpid(), signum)
     else:  # where os.kill would end the process
         signal.raise_signal(signum)
+
+
+def _mend_output() -> None:
+    """Have streams that take any text: none may be closed, and none refuse a letter after hours of work."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: PTH123, SIM115 - open until the end
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _drop_output() -> None:
@@ -459,6 +482,7 @@ def command(main: Callable[..., int]) -> Callable[..., int]:
     @functools.wraps(main)
     def wrapped(argv: Sequence[str] | None = None) -> int:
         try:  # around all of run: a signal may come at its first and at its last line
+            _mend_output()
             return run(argv)
         except UserError as error:
             say(f"error: {error}")

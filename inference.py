@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import csv
 import glob
 import io
+import os
 import re
 import sys
 from collections import Counter
@@ -92,14 +93,15 @@ def expand_paths(arguments: Sequence[str]) -> list[Path]:
         if not argument:  # Path("") would be the current folder
             raise UserError("an empty path: name files or folders")
         # Path.glob refuses absolute patterns.
-        matches = [argument] if Path(argument).exists() else sorted(glob.glob(argument, recursive=True))  # noqa: PTH207
+        # Nor does Path.exists take a name that is too long.
+        matches = [argument] if os.path.exists(argument) else sorted(glob.glob(argument, recursive=True))  # noqa: PTH110, PTH207
         for match in map(Path, matches):
-            found = map(Path, find_audio(match, strict=True)) if match.is_dir() else [match]
+            found = list(map(Path, find_audio(match, strict=True))) if match.is_dir() else [match]
+            if match.is_dir() and not found:
+                raise UserError(f"no audio files in {match}")
             paths += sorted(found, key=_natural_key)
         if not matches:
             raise UserError(f"{argument}: no such file or folder")
-    if not paths:
-        raise UserError(f"no audio files in {', '.join(arguments)}")
     _check_names(str(path) for path in paths)
     return paths
 
@@ -140,7 +142,10 @@ def _predict_batch(
     rows = iter(())
     if clips:
         with torch.inference_mode():
-            rows = iter(model(torch.from_numpy(np.stack(clips)).to(device)).softmax(dim=1).cpu().numpy())
+            shares = model(torch.from_numpy(np.stack(clips)).to(device)).softmax(dim=1).cpu().numpy()
+        if not np.isfinite(shares).all():  # or argmax would make it the first class
+            raise UserError("the model's probabilities are not finite: train a new one", code=1)
+        rows = iter(shares)
     for result in batch:
         if isinstance(result, ClipFeatures):
             yield Prediction(result.path, next(rows), result.warning)
@@ -162,7 +167,10 @@ def compare_with_sample(sample: Path, names: Sequence[str], labels: Sequence[str
         labels: The class names that we predict.
     """
     with sample.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
-        header, *rows = list(csv.reader(file)) or [[]]
+        try:
+            header, *rows = list(csv.reader(file)) or [[]]
+        except csv.Error as error:
+            return [f"no CSV: {error}"]
     if header != HEADER:
         return [f"header {','.join(header)}, not {','.join(HEADER)}"]
     expected, ours = Counter(row[0] for row in rows if row), set(names)
@@ -207,6 +215,12 @@ def submit(checkpoint: Checkpoint, model: Network, cfg: Config, device: torch.de
         )
     if cfg.demo:
         make_demo(cfg.data_root)
+    target = Path(cfg.submission)
+    if target.exists() and not target.is_file():  # to replace a device would take it from the whole system
+        raise UserError(f"submission = {cfg.submission!r}: must be a file")
+    models = (file for file in (Path(cfg.checkpoint), PRETRAINED) if file.exists())
+    if target.exists() and any(target.samefile(file) for file in models):
+        raise UserError(f"submission = {cfg.submission!r}: is a checkpoint, must be another file")
     labels = checkpoint.labels
     if cfg.fill and cfg.fill not in labels:
         raise UserError(f"fill = {cfg.fill!r}: must be one of {', '.join(labels)}")
@@ -253,8 +267,13 @@ def label_paths(
 ) -> int:
     """Print a CSV row with probabilities for each file; return 1 if one could not be read, else 0."""
     paths = expand_paths(arguments)
+    # A terminal must not be steered; a file or a pipe gets names to the byte, whatever the locale.
+    shown = printable if sys.stdout.isatty() else str
+    if not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8")
+    labels = list(map(shown, checkpoint.labels))
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow([*HEADER, "confidence", *checkpoint.labels])
+    writer.writerow([*HEADER, "confidence", *labels])
     failures: list[AudioError] = []
     warnings: list[tuple[Path, str]] = []
     for path, result, warning in predict(model, paths, cfg=cfg, device=device):
@@ -265,8 +284,7 @@ def label_paths(
             continue
         probabilities = [f"{probability:.4f}" for probability in result]
         best = int(result.argmax())
-        name = printable(str(path)) if sys.stdout.isatty() else path  # in a file or a pipe: to the byte
-        writer.writerow([name, checkpoint.labels[best], probabilities[best], *probabilities])
+        writer.writerow([shown(str(path)), labels[best], probabilities[best], *probabilities])
     report_warnings(warnings)
     report_failures(failures)
     return 1 if failures else 0

@@ -291,7 +291,9 @@ def replace_file(path: Path) -> Iterator[BinaryIO]:
 def _is_stale(half: Path) -> bool:
     """Whether the process that was writing this temporary file is gone."""
     pid = half.suffixes[-2][1:]
-    is_ours = pid.isdecimal() and half.name.endswith(f".{platform.node()}.{pid}.tmp")
+    if not pid.isdecimal():  # not of this program: perhaps the user's own copy
+        return False
+    is_ours = half.name.endswith(f".{platform.node()}.{pid}.tmp")
     try:
         if is_ours and os.name == "posix":  # elsewhere signal 0 is more than a question
             os.kill(int(pid), 0)
@@ -364,6 +366,8 @@ def _read_checkpoint(path: Path) -> Checkpoint:
     config, labels = Config.from_dict(content.pop("config")), content.pop("labels")
     if not (labels and all(isinstance(label, str) for label in labels) and len(set(labels)) == len(labels)):
         raise UserError("no class names")
+    if any("\r" in label or any("\ud800" <= c <= "\udfff" for c in label) for label in labels):
+        raise UserError("class names that no submission can hold")  # prepare.find_labels lets none pass
     weights = content["weights"]
     if sum(value.nbytes for value in weights.values()) > size:  # few numbers, repeated by their strides
         raise UserError("weights are larger than the file")

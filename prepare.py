@@ -19,6 +19,7 @@ import functools
 import gc
 import hashlib
 import inspect
+import io
 import json
 import math
 import multiprocessing
@@ -732,6 +733,11 @@ class CacheRow(NamedTuple):
     warning: str
 
 
+def _mtime_ns(status: os.stat_result) -> int:
+    """Time of modification within 64 bits, which a year after 2262 would leave."""
+    return status.st_mtime_ns % 2**63
+
+
 class CacheIndex:
     """Where the features of N files are in the cache, as far as they are there.
 
@@ -754,7 +760,7 @@ class CacheIndex:
                 self._times.append(-1)
             else:
                 self._sizes.append(status.st_size)
-                self._times.append(status.st_mtime_ns)
+                self._times.append(_mtime_ns(status))
                 self._number[os.path.join(here, path)] = number  # noqa: PTH118
         self.forget()
 
@@ -795,7 +801,7 @@ def _read_tables(folder: Path, cfg: Config) -> Iterator[tuple[Path, list[CacheRo
             content = json.loads(table.read_text(encoding="utf-8"))
             _check_shard(table.with_suffix(".f32"), content, cfg)
             rows = [CacheRow(*row) for row in content["clips"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             yield table, str(error)
         else:
             yield table, rows
@@ -806,6 +812,12 @@ def _check_shard(shard: Path, content: Mapping[str, Any], cfg: Config) -> None:
     status = shard.stat()
     if status.st_size != 4 * len(content["clips"]) * cfg.n_features * cfg.n_frames:
         raise ValueError(f"{shard.name} has {status.st_size} bytes")
+    kinds = [str, int, int, float, str, str]  # of a CacheRow; its path has no NUL, its seconds are few
+    if not all(
+        list(map(type, row)) == kinds and "\0" not in row[0] and 0 <= row[3] <= 600
+        for row in content["clips"]
+    ):
+        raise ValueError("rows of another kind")
     if status.st_mtime_ns != content["mtime_ns"] and _checksum(shard) != content["crc32"]:
         raise ValueError(f"{shard.name} was changed")
 
@@ -865,7 +877,7 @@ def _may_be_wanted(row: CacheRow) -> bool:
         return not path.parent.exists()  # a disk that is not mounted today may be so tomorrow
     except OSError:  # not ours to read, perhaps another's
         return True
-    return (status.st_size, status.st_mtime_ns) == (row.size, row.mtime_ns)
+    return (status.st_size, _mtime_ns(status)) == (row.size, row.mtime_ns)
 
 
 def _write_shard(
@@ -972,6 +984,8 @@ def read_manifest(path: Path, root: Path) -> dict[str, str]:
             rows = list(csv.DictReader(file))
     except (OSError, csv.Error) as error:
         raise UserError(f"manifest {path}: {getattr(error, 'strerror', None) or error}") from None
+    if not rows:
+        raise UserError(f"manifest {path}: needs a header, filename,speaker, and a row for each clip")
     speakers: dict[str, str] = {}
     for number, row in enumerate(rows, start=2):
         name, speaker = row.get("filename"), row.get("speaker")
@@ -980,19 +994,19 @@ def read_manifest(path: Path, root: Path) -> dict[str, str]:
         clip = root / name
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"manifest {path}, line {number}: {name} leads out of {root}")
-        if not clip.is_file():
+        if not os.path.isfile(clip):  # noqa: PTH113 - Path.is_file raises OSError for a name that is too long
             raise UserError(f"manifest {path}, line {number}: no file {clip}")
-        speakers[str(clip)] = speaker
+        if speakers.setdefault(str(clip), speaker) != speaker:
+            raise UserError(f"manifest {path}, line {number}: {name} has two speakers")
     return speakers
 
 
 def report_failures(failures: Sequence[AudioError]) -> None:
-    """Name the files that could not be used, the first twenty of many."""
-    for error in failures[:20]:
+    """Name every file that could not be used, and their number."""
+    for error in failures:
         say(f"skipped {error}")
     if failures:
-        more = f", {len(failures) - 20} of them not shown" if len(failures) > 20 else ""
-        say(f"skipped {len(failures)} unreadable file(s){more}")
+        say(f"skipped {len(failures)} unreadable file(s)")
 
 
 def report_warnings(warnings: Sequence[tuple[Path, str]]) -> None:
@@ -1381,7 +1395,9 @@ def write_demo(folder: Path, n_speakers: int, n_takes: int, seed: int) -> None:
             rng = np.random.default_rng([seed, index, speaker, take])
             name = f"{emotion}/spk{speaker:02d}_take{take:02d}.wav" if take else f"Test/{number}.wav"
             clip = synthesize_clip(emotion, voice, rng, DEMO_RATE)
-            soundfile.write(folder / name, clip, DEMO_RATE, subtype="PCM_16")
+            content = io.BytesIO()  # libsndfile would not say of a full disk that it is full
+            soundfile.write(content, clip, DEMO_RATE, format="WAV", subtype="PCM_16")
+            (folder / name).write_bytes(content.getvalue())
     submission = ["filename,emotion", *(f"{k}.wav,Neutral" for k in truth)]
     (folder / "sample_submission.csv").write_text("\n".join(submission) + "\n")
     notice = "Synthetic speech made by prepare.py to try the pipeline: not real speech. The truth for Test:"
@@ -1406,7 +1422,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("{:{width}}  {:5d}  {:7.0f}".format(*row, width=width))
     print(f"{'total':{width}}  {counts.sum():5d}  {seconds.sum():7.0f}")
     for folder in sorted(path for path in Path(cfg.cache_dir).iterdir() if path.is_dir()):
-        if folder.name != cache_key(cfg):
+        # Only what is named as a cache: there may be other folders here, up to those of the clips themselves.
+        if re.fullmatch("[0-9a-f]{16}", folder.name) and folder.name != cache_key(cfg):
             size = sum(path.stat().st_size for path in folder.iterdir()) / 1e6
             say(f"note: {folder} holds {size:.0f} MB of features for other settings: delete it at will")
     return 0

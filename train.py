@@ -18,6 +18,7 @@ from config import (
     parse_config,
     printable,
     say,
+    tell,
 )
 
 if __name__ == "__main__":
@@ -535,7 +536,9 @@ class Run:
         differences = last.config.differences(cfg, ignore=RESUMABLE_FIELDS - laid_out)
         if last.files != self.last.files or last.labels != self.last.labels:
             differences.append("clips: not the same files, classes or split")
-        if not differences and (odd := misfits(state, self._pattern(last.epoch))):
+        if not differences and (
+            odd := misfits(state, self._pattern(last.epoch)) or self._contradictions(state, last.epoch)
+        ):
             raise UserError(f"cannot resume {path}, whose state is damaged: {'; '.join(odd[:5])}")
         if not differences and isinstance(self.scheduler, OneCycleLR):
             planned, steps = state["scheduler"]["total_steps"], self.scheduler.total_steps
@@ -592,6 +595,19 @@ class Run:
             state["best"] = {"weights": state["average"], "epoch": 0, "scores": scores}
         row = dict.fromkeys((column.name for column in fields(EpochRecord)), 0.0)
         return {**state, "history": [row] * min(n_epochs, 1_000_000)}  # more than config.py allows
+
+    def _contradictions(self, state: dict[str, Any], n_epochs: int) -> list[str]:
+        """What no run can have counted; of some the scheduler would raise, or the average divide by zero."""
+        steps, best = state["n_steps"], state["best"]
+        n_scheduled = steps if isinstance(self.scheduler, OneCycleLR) else n_epochs
+        sound = {
+            "n_steps": type(steps) is int and steps >= 0,
+            "scheduler.last_epoch": state["scheduler"]["last_epoch"] == n_scheduled,
+            "stopping.bad_epochs": state["stopping"]["bad_epochs"] <= n_epochs,
+            "best.epoch": best is None or best["epoch"] in range(1, n_epochs + 1),
+            "history": [row["epoch"] for row in state["history"]] == list(range(1, n_epochs + 1)),
+        }
+        return [f"{name} cannot be" for name, is_so in sound.items() if not is_so]
 
     @property
     def is_over(self) -> bool:
@@ -669,11 +685,16 @@ def fit(cfg: Config, team: Team = _ALONE, *, fold: int = 0) -> dict[str, Any]:
     run_dir, best_path, last_path = Path(cfg.run_dir), Path(cfg.checkpoint), Path(cfg.run_dir, "last.pth")
     if best_path.is_dir():
         raise UserError(f"checkpoint = {cfg.checkpoint!r}: is a folder, must be a file")
-    if best_path.absolute() == last_path.absolute():
-        raise UserError(f"checkpoint = {cfg.checkpoint!r}: is where --resume finds the run, must be another")
+    if best_path.exists() and not best_path.is_file():  # to replace a device takes it from the whole system
+        raise UserError(f"checkpoint = {cfg.checkpoint!r}: must be a file")
+    # The folders resolved, for a link or `..` in the name leads to the same file.
+    if best_path.parent.resolve() == run_dir.resolve() and best_path.name in {*_RUN_FILES, *_KEPT_FILES}:
+        raise UserError(
+            f"checkpoint = {cfg.checkpoint!r}: the run keeps {best_path.name} there, must be another name"
+        )
     _spare_real_model(cfg)
     corpus, split = load_data(cfg, team, fold=fold)
-    print(describe_split(corpus, split, cfg), flush=True)
+    tell(describe_split(corpus, split, cfg))
     loaders = [
         make_loader(corpus, part, cfg.batch_size, shuffle=part is split.train, seed=cfg.seed, team=team)
         for part in split
@@ -699,7 +720,7 @@ def fit(cfg: Config, team: Team = _ALONE, *, fold: int = 0) -> dict[str, Any]:
         if name != "train" and len(part)
     }
     for name, report in reports.items():
-        print(report.table(_PARTS[name]))
+        tell(report.table(_PARTS[name]))
     metrics = summarize(run, corpus, split, reports, team=team)
     if team.leads:
         write_json(run_dir / "metrics.json", metrics)
@@ -709,7 +730,7 @@ def fit(cfg: Config, team: Team = _ALONE, *, fold: int = 0) -> dict[str, Any]:
         save_figure(
             run_dir / "confusion_matrix.png", lambda: plot_confusion(report.scores, corpus.labels, title)
         )
-    print(f"best epoch {metrics['best_epoch']} in {best_path}; figures, history and metrics in {run_dir}")
+    tell(f"best epoch {metrics['best_epoch']} in {best_path}; figures, history and metrics in {run_dir}")
     return metrics
 
 
@@ -767,7 +788,7 @@ def train_epochs(
                 run.save(run_dir / "last.pth")
                 n_saved = len(run.history)
                 write_history(run_dir / "history.csv", run.history)
-            print(describe_epoch(run), flush=True)
+            tell(describe_epoch(run))
     except UserError as error:
         kept = f"{best_path} of epoch {run.best.epoch} is kept" if run.best else "there is no checkpoint yet"
         raise UserError(f"epoch {len(run.history) + 1}: {error} ({kept})", code=error.code) from None
@@ -793,6 +814,18 @@ def _spare_real_model(cfg: Config) -> None:
             )
 
 
+# What a run writes into run_dir, and what stays there from one run to the next.
+_RUN_FILES = (
+    "last.pth",
+    "history.csv",
+    "metrics.json",
+    "predictions.csv",
+    "loss.png",
+    "confusion_matrix.png",
+)
+_KEPT_FILES = ("unfinished.pth", "lock")
+
+
 def _clear(run_dir: Path) -> None:
     """Remove what an earlier run left, so that two never mix; an unfinished one is set aside."""
     last_path = run_dir / "last.pth"
@@ -803,14 +836,7 @@ def _clear(run_dir: Path) -> None:
             aside = last_path.with_name("unfinished.pth")
             last_path.replace(aside)
             say(f"note: {last_path} of an unfinished run of {last.epoch} epochs is set aside as {aside}")
-    for name in (
-        "last.pth",
-        "history.csv",
-        "metrics.json",
-        "predictions.csv",
-        "loss.png",
-        "confusion_matrix.png",
-    ):
+    for name in _RUN_FILES:
         (run_dir / name).unlink(missing_ok=True)
 
 
@@ -970,7 +996,7 @@ def write_history(path: Path, history: Sequence[EpochRecord]) -> None:
 def write_predictions(path: Path, corpus: Corpus, indices: IntArray, outcome: Outcome) -> None:
     """Write what the network made of each clip: file, class, class predicted, probabilities."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL)  # or a lone CR would end a row
     writer.writerow(["filename", "emotion", "predicted", *corpus.labels])
     for index, row, predicted in zip(indices, outcome.probabilities, outcome.predictions, strict=True):
         clip = corpus.clips[index]
@@ -1060,12 +1086,14 @@ def cross_validate(cfg: Config, team: Team = _ALONE) -> None:
     """
     run_dir = Path(cfg.run_dir)
     corpus = load_corpus(cfg)
+    if cfg.resume and not any(run_dir.glob("fold*/last.pth")):
+        raise UserError(f"no {run_dir}/fold*/last.pth to resume from: start without --resume")
     for fold in range(cfg.folds):  # a fold that cannot be is told now, and not after hours of others
         split_corpus(corpus, cfg, fold)
     rows: list[dict[str, Any]] = []
     for fold in range(cfg.folds):
         home = run_dir / f"fold{fold + 1}"
-        print(f"\nfold {fold + 1} of {cfg.folds}", flush=True)
+        tell(f"\nfold {fold + 1} of {cfg.folds}")
         resume = cfg.resume and (home / "last.pth").is_file()
         own = replace(cfg, run_dir=str(home), checkpoint=str(home / "best.pth"), resume=resume)
         rows.append(fit(own, team, fold=fold))
@@ -1074,15 +1102,15 @@ def cross_validate(cfg: Config, team: Team = _ALONE) -> None:
     report = pool_folds(
         [run_dir / f"fold{fold + 1}" / "predictions.csv" for fold in range(cfg.folds)], corpus
     )
-    print(report.table(f"all {len(corpus.clips):,} clips, each scored by the network that never saw it"))
-    print("\nfold  clips  accuracy    UAR  macro F1  best epoch")
+    tell(report.table(f"all {len(corpus.clips):,} clips, each scored by the network that never saw it"))
+    tell("\nfold  clips  accuracy    UAR  macro F1  best epoch")
     names = ("accuracy", "uar", "macro_f1")
     for fold, row in enumerate(rows):
         scores = "  ".join(f"{row['holdout'][name]:8.1%}" for name in names)
         clips = sum(part["clips"] for part in row["holdout"]["per_class"].values())
-        print(f"{fold + 1:4d}  {clips:5d}  {scores}  {row['best_epoch']:10d}")
+        tell(f"{fold + 1:4d}  {clips:5d}  {scores}  {row['best_epoch']:10d}")
     spread = {name: _mean_and_deviation([row["holdout"][name] for row in rows]) for name in names}
-    print(
+    tell(
         "mean "
         + ", ".join(f"{name} {mean:.1%} +/- {deviation:.1%}" for name, (mean, deviation) in spread.items())
     )

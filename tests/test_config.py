@@ -715,6 +715,29 @@ def test_closed_pipe_is_quiet(size: int) -> None:
     assert (result.returncode, result.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("streams", [("stdout",), ("stderr",), ("stdout", "stderr")])
+def test_closed_streams_are_as_good_as_any(streams: tuple[str, ...]) -> None:
+    """As of a daemon: Python has None for them, and a message without stderr went among the results."""
+    before = "import sys; " + "; ".join(f"sys.{name} = None" for name in streams)
+    result = run_main("import config; config.say('note'); print('result')", before)
+    out, err = "" if "stdout" in streams else "result\n", "" if "stderr" in streams else "note\n"
+    assert (result.returncode, result.stdout, result.stderr) == (0, out, err)
+
+
+def test_any_letter_can_be_printed() -> None:
+    """A class name ended a run in its last line, where the locale lacks a letter of it."""
+    before = "import sys; sys.stdout.reconfigure(encoding='ascii', errors='strict')"
+    result = run_main("print(chr(0xe9) + chr(0xdcff))", before)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "\\xe9\\udcff\n", "")
+
+
+def test_a_rank_without_torchrun_silences_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some clusters set RANK for all that they start: an error left no word then."""
+    monkeypatch.setenv("RANK", "1")
+    result = run_main("import config; raise config.UserError('bad')")
+    assert (result.returncode, result.stderr) == (2, "error: bad\n")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
 def test_full_disk_under_stdout_is_one_line() -> None:
     """As with the closed pipe: a short text was lost with exit code 120 and a complaint."""

@@ -95,6 +95,89 @@ def label(*arguments: object) -> int:
     return main(["--device", "cpu", "--num_workers", "0", *map(str, arguments)])
 
 
+@pytest.mark.parametrize("name", [".", "data", "fifo", "best_emotion_model.pth"])
+def test_submission_that_would_cost_something_is_refused(
+    name: str, clips: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Of a folder it told after all the work, "." was a traceback; the model and devices were replaced."""
+    before = Path("best_emotion_model.pth").read_bytes()
+    if name == "fifo":
+        os.mkfifo(name)
+    assert label("--submission", name) == 2
+    assert f"submission = {name!r}: " in capfd.readouterr().err.splitlines()[-1]
+    assert Path("best_emotion_model.pth").read_bytes() == before
+    assert name != "fifo" or Path(name).is_fifo()
+    assert clips.is_dir()
+
+
+@pytest.mark.parametrize("arguments", [[], ["data"]])
+@pytest.mark.usefixtures("clips")
+def test_no_label_without_probabilities(arguments: list[str], capfd: pytest.CaptureFixture[str]) -> None:
+    """A deviation of 0 made them NaN, and every clip one of the first class."""
+    path = Path("best_emotion_model.pth")
+    checkpoint = load_checkpoint(path)
+    checkpoint.weights["std"].zero_()
+    save_checkpoint(path, checkpoint)
+    assert label(*arguments) == 1
+    output = capfd.readouterr()
+    assert "error: the model's probabilities are not finite" in output.err
+    assert "wav,Angry" not in output.out
+    assert not Path("submission.csv").exists()
+
+
+def test_sample_that_is_no_csv(clips: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A quote that is never closed: "field larger than field limit", with a traceback."""
+    (clips.parent / "sample_submission.csv").write_text('filename,emotion\n"' + "1.wav,Angry\n" * 20_000)
+    assert label() == 1
+    assert "sample_submission.csv: no CSV: field larger" in capfd.readouterr().err
+    assert len(submission()) == len(TRUTH)
+
+
+def test_every_filled_row_is_named(clips: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for number in range(30):
+        (clips / f"bad{number}.wav").write_bytes(b"")
+    assert label("--fill", "Neutral") == 0
+    errors = capfd.readouterr().err
+    assert all(f"bad{number}.wav: " in errors for number in range(30))
+
+
+def test_empty_folder_beside_others_is_told(clips: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    Path("empty").mkdir()
+    assert label(clips, "empty") == 2
+    assert "no audio files in empty" in capfd.readouterr().err
+    assert label(clips, "x" * 300) == 2
+
+
+def test_terminal_is_not_steered_by_class_names(
+    clips: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = Path("best_emotion_model.pth")
+    save_checkpoint(path, replace(load_checkpoint(path), labels=("\x1b[2J", "b", "c")))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert label(clips) == 0
+    output = capfd.readouterr().out
+    assert "\x1b" not in output
+    assert "\\x1b[2J" in output
+
+
+@pytest.mark.parametrize("name", ["a\rb", "\ud800"])
+def test_class_names_that_no_csv_can_hold(name: str, clips: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = Path("best_emotion_model.pth")
+    save_checkpoint(path, replace(load_checkpoint(path), labels=(name, "b", "c")))
+    assert label(clips) == 2
+    assert "class names that no submission can hold" in capfd.readouterr().err
+
+
+def test_own_copies_of_a_submission_stay(clips: Path) -> None:
+    """Whatever was named submission.csv.*.tmp was taken for half a file of a killed run."""
+    own = Path("submission.csv.old.tmp")
+    own.touch()
+    os.utime(own, (1, 1))
+    assert clips.is_dir()
+    assert label() == 0
+    assert own.exists()
+
+
 def submission(name: str = "submission.csv") -> list[tuple[str, str]]:
     """The rows of a submission, as pandas reads them."""
     table = pd.read_csv(name, dtype=str, keep_default_na=False)

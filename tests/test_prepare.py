@@ -5,6 +5,7 @@ import errno
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -1282,6 +1283,12 @@ def edit_table(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def edit_row(path: Path, column: int, value: object) -> None:
+    table = json.loads(path.read_text())
+    table["clips"][2][column] = value
+    path.write_text(json.dumps(table))
+
+
 DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {  # (which file, what happens to it)
     "truncated shard": (".f32", lambda path: os.truncate(path, 1000)),
     "longer shard": (".f32", lambda path: path.write_bytes(path.read_bytes() + b"1234")),
@@ -1295,6 +1302,13 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], object]]] = {  # (which file, wha
     "no clips": (".json", lambda path: path.write_text("{}")),
     "odd rows": (".json", lambda path: edit_table(path, clips=[1, 2, 3, 4, 5])),
     "rows missing": (".json", lambda path: edit_table(path, clips=[])),
+    "nested without end": (".json", lambda path: path.write_text("[" * 100_000)),
+    "path a list": (".json", lambda path: edit_row(path, 0, [])),
+    "path with NUL": (".json", lambda path: edit_row(path, 0, "\0")),
+    "seconds a text": (".json", lambda path: edit_row(path, 3, "long")),
+    "seconds NaN": (".json", lambda path: edit_row(path, 3, math.nan)),
+    "seconds without end": (".json", lambda path: edit_row(path, 3, 10**400)),
+    "digest a list": (".json", lambda path: edit_row(path, 4, [])),
 }
 
 
@@ -1317,6 +1331,16 @@ def test_damaged_cache_is_mended(
     assert len(extracted) == 10
     assert "is damaged" not in capsys.readouterr().err
     assert len(list(shard_of(cached).parent.iterdir())) == 3  # shard, table and lock
+
+
+@pytest.mark.parametrize("year", [1960, 2300])
+def test_any_time_of_modification(year: int, tmp_path: Path, cached: Config, extracted: list[str]) -> None:
+    """That of a wrong clock, or of a damaged disk, can exceed 64 bits of nanoseconds: OverflowError."""
+    (path,) = write_clips(tmp_path / "clips", 1)
+    os.utime(path, ((year - 1970) * 31_557_600,) * 2)
+    for _ in range(2):
+        np.testing.assert_array_equal(all_features([path], cached), direct([path]))
+    assert extracted == [path.name]
 
 
 def test_copied_cache_is_still_good(tmp_path: Path, cached: Config, extracted: list[str]) -> None:
@@ -1567,12 +1591,11 @@ def test_warnings_are_named_up_to_twenty(capsys: pytest.CaptureFixture[str]) -> 
     ]
 
 
-def test_many_failures_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_failure_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     prepare.report_failures([AudioError(Path(f"{k}\n.wav"), "empty") for k in range(25)])
     lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 21
-    assert lines[0] == r"skipped 0\n.wav: empty"
-    assert lines[-1] == "skipped 25 unreadable file(s), 5 of them not shown"
+    assert lines[:-1] == [rf"skipped {k}\n.wav: empty" for k in range(25)]
+    assert lines[-1] == "skipped 25 unreadable file(s)"
 
 
 @pytest.mark.parametrize("label", ["Angry", "Suprised"])
@@ -1949,6 +1972,10 @@ def test_manifest_names_speakers(small_corpus: Config, tmp_path: Path) -> None:
         ("filename,speaker\nAngry/0.wav,a\nAngry/gone.wav,a\n", "line 3: no file"),
         ("filename,speaker\nAngry/0.wav,\n", "line 2: needs a filename and a speaker"),
         ("path,speaker\nAngry/0.wav,a\n", "line 2: needs a filename and a speaker"),
+        ("", "needs a header"),
+        ("Angry/0.wav,a\n", "needs a header"),  # taken for one, and the speakers were those of the names
+        ("filename,speaker\nAngry/0.wav,a\nAngry/0.wav,b\n", "line 3: Angry/0.wav has two speakers"),
+        (f"filename,speaker\n{'a' * 300},a\n", "line 2: no file"),
         (None, "No such file"),
     ],
 )
@@ -1958,6 +1985,30 @@ def test_bad_manifest(content: str | None, match: str, small_corpus: Config, tmp
         manifest.write_text(content)
     with pytest.raises(UserError, match=match):
         load_corpus(replace(small_corpus, manifest=str(manifest)))
+
+
+def test_demo_on_a_full_disk(tmp_path: Path) -> None:
+    """The library said "System error.", with a traceback."""
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            make_demo(tmp_path / "demo", n_speakers=1, n_takes=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not (tmp_path / "demo").exists()
+
+
+def test_no_other_folder_is_called_a_cache(small_corpus: Config, capfd: pytest.CaptureFixture[str]) -> None:
+    """With cache_dir = data_dir it told to delete the clips."""
+    cfg = replace(small_corpus, cache_dir=small_corpus.data_dir)
+    Path(cfg.cache_dir, "0123456789abcdef").mkdir()
+    assert (
+        prepare.main([f"--data_dir={cfg.data_dir}", f"--cache_dir={cfg.cache_dir}", "--num_workers=0"]) == 0
+    )
+    (note,) = [line for line in capfd.readouterr().err.splitlines() if "delete it" in line]
+    assert "0123456789abcdef" in note
 
 
 def test_two_runs_may_make_the_demo_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

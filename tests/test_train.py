@@ -4,6 +4,7 @@ import contextlib
 import csv
 import json
 import math
+import os
 import re
 import shutil
 import signal
@@ -575,6 +576,18 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "patience lost": (lambda state: state["stopping"].pop("patience"), r"stopping\.patience is missing"),
     "stopping lost": (lambda state: state.pop("stopping"), "stopping is missing"),
     "stopping a list": (lambda state: state.update(stopping=[]), "stopping is a list of 0, not a dict"),
+    "steps below none": (lambda state: state.update(n_steps=-11), "n_steps cannot be"),  # divided by zero
+    "steps NaN": (lambda state: state.update(n_steps=math.nan), "n_steps cannot be"),
+    "scheduler far ahead": (
+        lambda state: state["scheduler"].update(last_epoch=10**9),
+        r"scheduler\.last_epoch cannot be",
+    ),
+    "patience at an end": (
+        lambda state: state["stopping"].update(bad_epochs=math.inf),
+        r"stopping\.bad_epochs cannot be",
+    ),
+    "best to come": (lambda state: state["best"].update(epoch=math.inf), r"best\.epoch cannot be"),
+    "an epoch twice": (lambda state: state["history"][1].update(epoch=1), "history cannot be"),
     "best lost": (lambda state: state.update(best=None), "best is a NoneType, not a dict"),
     "best without a weight": (
         lambda state: state["best"]["weights"].pop("members.0.mean"),
@@ -626,6 +639,55 @@ def test_resume_from_a_malformed_state_is_refused(
     assert re.search(f"error: .*{named}", line)
     assert path.read_bytes() == before
     assert main(flags(replace(cfg, epochs=1))) == 0  # a fresh run minds nothing of it
+
+
+@pytest.mark.parametrize("name", ["run/../run/last.pth", "link/last.pth", "run/metrics.json", "run/lock"])
+def test_checkpoint_among_the_files_of_the_run_is_refused(
+    name: str, tiny_cfg: Config, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One of the two was overwritten with the other: a model lost, or a run that cannot be resumed."""
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    assert main(flags(replace(tiny_cfg, checkpoint=f"{tmp_path}/{name}"))) == 2
+    assert "must be another name" in capfd.readouterr().err
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs")
+def test_checkpoint_that_is_no_file_is_refused(tiny_cfg: Config, capfd: pytest.CaptureFixture[str]) -> None:
+    """Root replaced /dev/null with the model."""
+    os.mkfifo(tiny_cfg.checkpoint)
+    assert main(flags(tiny_cfg)) == 2
+    assert "must be a file" in capfd.readouterr().err
+    assert Path(tiny_cfg.checkpoint).is_fifo()
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), OSError(28, "No space left on device")])
+def test_training_outlives_its_reader(
+    error: OSError, tiny_cfg: Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """`python train.py | head` ended untrained, with exit code 0; so did a run whose log had no room."""
+
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr("builtins.print", fail)
+    assert main(flags(tiny_cfg)) == 0
+    monkeypatch.undo()
+    assert best(tiny_cfg).epoch > 0
+    assert "error" not in capfd.readouterr().err
+
+
+def test_folds_resume_only_what_is_there(tiny_cfg: Config, capfd: pytest.CaptureFixture[str]) -> None:
+    """Without a single fold to go on with, --resume began anew."""
+    assert main(flags(replace(tiny_cfg, folds=2, resume=True))) == 2
+    assert "to resume from" in capfd.readouterr().err
+    assert not Path(tiny_cfg.run_dir, "fold1").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
+def test_folds_with_a_carriage_return_in_a_name(tiny_cfg: Config) -> None:
+    """It ended the row in predictions.csv: a traceback after all folds were trained."""
+    Path(tiny_cfg.data_dir, "Low", "0.wav").rename(Path(tiny_cfg.data_dir, "Low", 'a\r"\nb,.wav'))
+    assert main(flags(replace(tiny_cfg, folds=2, epochs=1))) == 0
 
 
 def test_history_that_is_a_row_behind_is_mended(tiny_cfg: Config) -> None:
