@@ -186,7 +186,8 @@ def test_edited_config_changes_no_prediction(home: Path) -> None:
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert Path("submission.csv").read_bytes() == Path("before.csv").read_bytes()
-    (note,) = result.stderr.splitlines()
+    model, note = result.stderr.splitlines()
+    assert model.startswith("model: best_emotion_model.pth, ")
     assert note.startswith("note: ")
     assert "n_mfcc: 20 -> 40; hop_length: 256 -> 512" in note
 
@@ -257,6 +258,13 @@ def test_unreadable_file_among_others(clips: Path, capfd: pytest.CaptureFixture[
     out, err = capfd.readouterr()
     assert [Path(line.split(",")[0]).name for line in out.splitlines()[1:]] == ["2.wav"]
     assert "1.wav" in err
+
+
+def test_nothing_but_unreadable_files(clips: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A batch without a clip is none for the network."""
+    (clips / "1.wav").write_text("no audio")
+    assert label(clips / "1.wav") == 1
+    assert capfd.readouterr().out == "filename,emotion,confidence,Angry,Neutral,Suprised\n"
 
 
 @pytest.mark.parametrize("arguments", [[], [TEST]], ids=["submission", "table"])
@@ -614,7 +622,7 @@ def test_reader_that_leaves_early_is_no_fault(n_lines: int, clips: Path) -> None
             run.stdout.readline()
         run.stdout.close()
         errors = run.stderr.read()
-    assert not [line for line in errors.splitlines() if not line.startswith("note: ")]
+    assert not [line for line in errors.splitlines() if not line.startswith(("model: ", "note: "))]
     assert run.returncode == 0
 
 
@@ -649,6 +657,20 @@ def test_demo_labels_never_replace_real_ones(capfd: pytest.CaptureFixture[str]) 
     assert main(["--checkpoint", "demo.pth", "--device", "cpu"]) == 2
     assert capfd.readouterr().err.count("corpus: set --demo to match") == 2
     assert Path("submission.csv").read_text() == "precious"
+
+
+@pytest.mark.usefixtures("home")
+def test_model_of_the_demo_labels_the_demo(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its test clips are made first, and no other ones are labelled; one note says what it is worth."""
+    checkpoint = load_checkpoint(Path("best_emotion_model.pth"))
+    save_checkpoint(Path("demo.pth"), replace(checkpoint, config=replace(checkpoint.config, demo=True)))
+    monkeypatch.setattr(inference, "make_demo", lambda folder: write_tone(folder / "Test/1.wav", "Angry"))
+    write_tone(Path("mine/2.wav"), "Angry")
+    assert label("--demo", "--checkpoint", "demo.pth", "--test_dir", "mine") == 0
+    assert submission() == [("1.wav", "Angry")]
+    assert capfd.readouterr().err.count("synthetic demo corpus") == 1
 
 
 def test_empty_path_is_refused(clips: Path, capfd: pytest.CaptureFixture[str]) -> None:
