@@ -466,8 +466,11 @@ def sample_of(ids: Sequence[str], header: str = "filename,emotion", emotion: str
     return "\n".join([header, *(f"{name},{emotion}" for name in ids)]) + "\n"
 
 
+BARE = "filename,emotion\n" + "\n\n".join(IDS)  # without labels, and with empty lines
+
+
 @pytest.mark.parametrize("folder", ["data/dataset", "data"])
-@pytest.mark.parametrize("text", [sample_of(IDS), sample_of(IDS[::-1]), "\ufeff" + sample_of(IDS)])
+@pytest.mark.parametrize("text", [sample_of(IDS), sample_of(IDS[::-1]), "\ufeff" + sample_of(IDS), BARE])
 @pytest.mark.usefixtures("clips")
 def test_sample_that_agrees(folder: str, text: str, capfd: pytest.CaptureFixture[str]) -> None:
     """In any order, with or without a byte order mark, in data_dir or above it."""
@@ -481,12 +484,13 @@ def test_sample_that_agrees(folder: str, text: str, capfd: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        (sample_of([*IDS, "77.wav"]), "ids without a file: 77.wav"),
-        (sample_of(IDS[:-1]), "files without an id: 3.wav"),
-        (sample_of([*IDS, "2.wav"]), "ids listed twice: 2.wav"),
-        (sample_of(IDS, "id,label"), "header id,label"),
-        (sample_of(IDS, emotion="Surprised"), "labels we do not know: Surprised"),
-        ("", "header"),
+        (sample_of([*IDS, "77.wav"]), ": 1 ids without a file: 77.wav\n"),
+        (sample_of(IDS[:-1]), ": 1 files without an id: 3.wav\n"),
+        (sample_of([*IDS, "2.wav"]), ": 1 ids listed twice: 2.wav\n"),
+        (sample_of(IDS, "id,label"), ": header id,label, not filename,emotion\n"),
+        (sample_of(IDS, emotion="Surprised"), ": 1 labels we do not know: Surprised\n"),
+        ("", ": header , not filename,emotion\n"),
+        (sample_of([*IDS, *"abcdef"]), ": 6 ids without a file: a, b, c, d, e\n"),
     ],
 )
 @pytest.mark.usefixtures("clips")
@@ -498,6 +502,14 @@ def test_sample_that_differs_is_told(text: str, named: str, capfd: pytest.Captur
     assert named in err
     assert "ids as in" not in out
     assert len(submission()) == 5
+
+
+@pytest.mark.usefixtures("clips")
+def test_sample_in_another_encoding_is_read(capfd: pytest.CaptureFixture[str]) -> None:
+    """As some spreadsheets write it."""
+    Path("data/dataset/sample_submission.csv").write_bytes(sample_of([*IDS, "caf\xe9.wav"]).encode("latin-1"))
+    assert label() == 1
+    assert r": 1 ids without a file: caf\udce9.wav" in capfd.readouterr().err
 
 
 # ---- refusals -------------------------------------------------------------------------------------------
@@ -655,7 +667,9 @@ def test_demo_labels_never_replace_real_ones(capfd: pytest.CaptureFixture[str]) 
     checkpoint = load_checkpoint(Path("best_emotion_model.pth"))
     save_checkpoint(Path("demo.pth"), replace(checkpoint, config=replace(checkpoint.config, demo=True)))
     assert main(["--checkpoint", "demo.pth", "--device", "cpu"]) == 2
-    assert capfd.readouterr().err.count("corpus: set --demo to match") == 2
+    err = capfd.readouterr().err
+    assert "was trained on your corpus, not on the demo corpus: set --demo to match" in err
+    assert "was trained on the demo corpus, not on your corpus: set --demo to match" in err
     assert Path("submission.csv").read_text() == "precious"
 
 
