@@ -378,6 +378,8 @@ def test_only_a_baked_flag_is_part_of_the_checkpoint(
 def test_inference_takes_paths_and_runtime_flags() -> None:
     argv = ["--device", "cpu", "a.wav", "b c", "--no-demo"]
     assert parse_runtime_config(argv) == (Config(device="cpu"), ["a.wav", "b c"])
+    between = ["a.wav", "--device", "cpu", "b c"]
+    assert parse_runtime_config(between) == (Config(device="cpu"), ["a.wav", "b c"])
     assert parse_runtime_config([]) == (Config(), [])
     assert parse_runtime_config(["--", "-x.wav"]) == (Config(), ["-x.wav"])
 

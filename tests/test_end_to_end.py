@@ -16,7 +16,6 @@ import pandas as pd
 import pytest
 import torch
 
-import prepare
 from config import Config
 from model import load_checkpoint
 from prepare import EMOTIONS, cache_key
@@ -187,7 +186,8 @@ def test_prepared_features_are_used_again(story: Story, read_only_corpus: Path, 
     """A second look at the same data extracts nothing."""
     shutil.copytree(story.home / "cache", tmp_path / "cache", copy_function=shutil.copy2)
     before = snapshot(tmp_path / "cache")
-    assert prepare.main(["--data_dir", str(read_only_corpus), "--cache_dir", str(tmp_path / "cache")]) == 0
+    result = run("prepare.py", "--data_dir", read_only_corpus, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
     assert snapshot(tmp_path / "cache") == before
 
 

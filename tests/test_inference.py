@@ -269,7 +269,8 @@ def test_edited_config_changes_no_prediction(home: Path) -> None:
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert Path("submission.csv").read_bytes() == Path("before.csv").read_bytes()
-    (note,) = result.stderr.splitlines()
+    model, note = result.stderr.splitlines()
+    assert model.startswith("model: best_emotion_model.pth, ")
     assert note.startswith("note: ")
     assert "n_mfcc: 20 -> 40; hop_length: 256 -> 512" in note
 
@@ -340,6 +341,13 @@ def test_unreadable_file_among_others(clips: Path, capfd: pytest.CaptureFixture[
     out, err = capfd.readouterr()
     assert [Path(line.split(",")[0]).name for line in out.splitlines()[1:]] == ["2.wav"]
     assert "1.wav" in err
+
+
+def test_nothing_but_unreadable_files(clips: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """A batch without a clip is none for the network."""
+    (clips / "1.wav").write_text("no audio")
+    assert label(clips / "1.wav") == 1
+    assert capfd.readouterr().out == "filename,emotion,confidence,Angry,Neutral,Suprised\n"
 
 
 @pytest.mark.parametrize("arguments", [[], [TEST]], ids=["submission", "table"])
@@ -541,8 +549,11 @@ def sample_of(ids: Sequence[str], header: str = "filename,emotion", emotion: str
     return "\n".join([header, *(f"{name},{emotion}" for name in ids)]) + "\n"
 
 
+BARE = "filename,emotion\n" + "\n\n".join(IDS)  # without labels, and with empty lines
+
+
 @pytest.mark.parametrize("folder", ["data/dataset", "data"])
-@pytest.mark.parametrize("text", [sample_of(IDS), sample_of(IDS[::-1]), "\ufeff" + sample_of(IDS)])
+@pytest.mark.parametrize("text", [sample_of(IDS), sample_of(IDS[::-1]), "\ufeff" + sample_of(IDS), BARE])
 @pytest.mark.usefixtures("clips")
 def test_sample_that_agrees(folder: str, text: str, capfd: pytest.CaptureFixture[str]) -> None:
     """In any order, with or without a byte order mark, in data_dir or above it."""
@@ -556,12 +567,13 @@ def test_sample_that_agrees(folder: str, text: str, capfd: pytest.CaptureFixture
 @pytest.mark.parametrize(
     ("text", "named"),
     [
-        (sample_of([*IDS, "77.wav"]), "ids without a file: 77.wav"),
-        (sample_of(IDS[:-1]), "files without an id: 3.wav"),
-        (sample_of([*IDS, "2.wav"]), "ids listed twice: 2.wav"),
-        (sample_of(IDS, "id,label"), "header id,label"),
-        (sample_of(IDS, emotion="Surprised"), "labels we do not know: Surprised"),
-        ("", "header"),
+        (sample_of([*IDS, "77.wav"]), ": 1 ids without a file: 77.wav\n"),
+        (sample_of(IDS[:-1]), ": 1 files without an id: 3.wav\n"),
+        (sample_of([*IDS, "2.wav"]), ": 1 ids listed twice: 2.wav\n"),
+        (sample_of(IDS, "id,label"), ": header id,label, not filename,emotion\n"),
+        (sample_of(IDS, emotion="Surprised"), ": 1 labels we do not know: Surprised\n"),
+        ("", ": header , not filename,emotion\n"),
+        (sample_of([*IDS, *"abcdef"]), ": 6 ids without a file: a, b, c, d, e\n"),
     ],
 )
 @pytest.mark.usefixtures("clips")
@@ -573,6 +585,14 @@ def test_sample_that_differs_is_told(text: str, named: str, capfd: pytest.Captur
     assert named in err
     assert "ids as in" not in out
     assert len(submission()) == 5
+
+
+@pytest.mark.usefixtures("clips")
+def test_sample_in_another_encoding_is_read(capfd: pytest.CaptureFixture[str]) -> None:
+    """As some spreadsheets write it."""
+    Path("data/dataset/sample_submission.csv").write_bytes(sample_of([*IDS, "caf\xe9.wav"]).encode("latin-1"))
+    assert label() == 1
+    assert r": 1 ids without a file: caf\udce9.wav" in capfd.readouterr().err
 
 
 # ---- refusals -------------------------------------------------------------------------------------------
@@ -697,7 +717,7 @@ def test_reader_that_leaves_early_is_no_fault(n_lines: int, clips: Path) -> None
             run.stdout.readline()
         run.stdout.close()
         errors = run.stderr.read()
-    assert not [line for line in errors.splitlines() if not line.startswith("note: ")]
+    assert not [line for line in errors.splitlines() if not line.startswith(("model: ", "note: "))]
     assert run.returncode == 0
 
 
@@ -730,8 +750,24 @@ def test_demo_labels_never_replace_real_ones(capfd: pytest.CaptureFixture[str]) 
     checkpoint = load_checkpoint(Path("best_emotion_model.pth"))
     save_checkpoint(Path("demo.pth"), replace(checkpoint, config=replace(checkpoint.config, demo=True)))
     assert main(["--checkpoint", "demo.pth", "--device", "cpu"]) == 2
-    assert capfd.readouterr().err.count("corpus: set --demo to match") == 2
+    err = capfd.readouterr().err
+    assert "was trained on your corpus, not on the demo corpus: set --demo to match" in err
+    assert "was trained on the demo corpus, not on your corpus: set --demo to match" in err
     assert Path("submission.csv").read_text() == "precious"
+
+
+@pytest.mark.usefixtures("home")
+def test_model_of_the_demo_labels_the_demo(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its test clips are made first, and no other ones are labelled; one note says what it is worth."""
+    checkpoint = load_checkpoint(Path("best_emotion_model.pth"))
+    save_checkpoint(Path("demo.pth"), replace(checkpoint, config=replace(checkpoint.config, demo=True)))
+    monkeypatch.setattr(inference, "make_demo", lambda folder: write_tone(folder / "Test/1.wav", "Angry"))
+    write_tone(Path("mine/2.wav"), "Angry")
+    assert label("--demo", "--checkpoint", "demo.pth", "--test_dir", "mine") == 0
+    assert submission() == [("1.wav", "Angry")]
+    assert capfd.readouterr().err.count("synthetic demo corpus") == 1
 
 
 def test_empty_path_is_refused(clips: Path, capfd: pytest.CaptureFixture[str]) -> None:

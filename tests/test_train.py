@@ -1148,6 +1148,22 @@ def test_folds_pool_every_clip(tiny_cfg: Config, capsys: pytest.CaptureFixture[s
     assert not Path(cfg.checkpoint).exists()  # it is no model of all the data
 
 
+def test_folds_without_a_clip_are_not_pooled(tiny_cfg: Config, tmp_path: Path) -> None:
+    """Its score would be NaN, or that of other clips."""
+    corpus, path = load_corpus(tiny_cfg), tmp_path / "run" / "fold1" / "predictions.csv"
+    path.parent.mkdir(parents=True)
+    rows = [["filename", "emotion", "predicted", "p High", "p Low"]]
+    rows += [[clip.path, "Low", "Low", "0.25", "0.75"] for clip in corpus.clips]
+    for n_rows in (17, 16):
+        with path.open("w", newline="") as file:
+            csv.writer(file).writerows(rows[:n_rows])
+        if n_rows == 17:
+            assert train.pool_folds([path], corpus).to_dict()["accuracy"] == 0.5
+        else:
+            with pytest.raises(UserError, match=f"{tmp_path / 'run'}: the folds do not hold every clip"):
+                train.pool_folds([path], corpus)
+
+
 def test_classes_named_like_columns(tiny_cfg: Config, capsys: pytest.CaptureFixture[str]) -> None:
     """Predictions have columns beside those of the classes; and a class must not steer a terminal."""
     for old, new in (("Low", "predicted"), ("High", "\x1b[31mred")):
@@ -1248,6 +1264,18 @@ def test_metrics_are_strict_json(tiny_cfg: Config) -> None:
 
     fit(replace(tiny_cfg, epochs=1, learning_rate=1e-9))  # untrained: one class gets all clips
     json.loads(Path(tiny_cfg.run_dir, "metrics.json").read_text(), parse_constant=refuse)
+
+
+def test_progress_is_shown_on_a_terminal(tiny_cfg: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the loss and the accuracy of the last batch."""
+    shown: list[dict[str, Any]] = []
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setattr(train.tqdm, "monitor_interval", 0)  # no thread of its own
+    monkeypatch.setattr(train.tqdm, "set_postfix", lambda _bar, **values: shown.append(values))
+    fit(replace(tiny_cfg, epochs=1))
+    assert len(shown) > 3  # batches of training, and those that are only scored
+    assert all(re.fullmatch(r"\d+\.\d\d", values["loss"]) for values in shown)
+    assert {values["accuracy"] for values in shown} <= {"0%", "25%", "50%", "75%", "100%"}
 
 
 def test_piped_output_is_plain_lines(tiny_cfg: Config, capfd: pytest.CaptureFixture[str]) -> None:
