@@ -750,9 +750,10 @@ def test_demo_labels_never_replace_real_ones(capfd: pytest.CaptureFixture[str]) 
     checkpoint = load_checkpoint(Path("best_emotion_model.pth"))
     save_checkpoint(Path("demo.pth"), replace(checkpoint, config=replace(checkpoint.config, demo=True)))
     assert main(["--checkpoint", "demo.pth", "--device", "cpu"]) == 2
-    err = capfd.readouterr().err
-    assert "was trained on your corpus, not on the demo corpus: set --demo to match" in err
-    assert "was trained on the demo corpus, not on your corpus: set --demo to match" in err
+    lines = capfd.readouterr().err.splitlines()
+    mine, theirs = (line for line in lines if line.startswith("error: "))
+    assert "was trained on your corpus, not on the demo corpus: set --demo to match" in mine
+    assert "was trained on the demo corpus, not on your corpus: set --demo to match" in theirs
     assert Path("submission.csv").read_text() == "precious"
 
 

@@ -536,6 +536,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "weight of other shape": edit(lambda content: content["weights"].update(mean=torch.zeros(7, 1))),
     "weight no tensor": edit(lambda content: content["weights"].update(mean=0.0)),
     "weight NaN": edit(lambda content: content["weights"]["head.5.weight"].fill_(torch.nan)),
+    "one NaN in a weight": edit(lambda content: content["weights"]["head.5.weight"][0, :1].fill_(torch.nan)),
     "weight of other type": edit(lambda content: content["weights"].update(std=torch.ones(()).double())),
     "weight sparse": edit(
         lambda content: content["weights"].update(mean=content["weights"]["mean"].to_sparse())

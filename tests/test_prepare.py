@@ -347,6 +347,7 @@ BAD_FILES: dict[str, tuple[str, Callable[[Path], object], str]] = {  # (file nam
     "NaN": ("a.wav", lambda path: write_wave(path, [0.1, np.nan, 0.2] * 999), "NaN"),
     "infinite": ("a.wav", lambda path: write_wave(path, [0.1, -np.inf, 0.2] * 999), "infinite"),
     "no header of its own": ("a.mp3", lambda path: path.write_bytes(bytes(99)), "not audio"),
+    "infinite both ways": ("a.wav", lambda path: write_wave(path, [[np.inf, -np.inf]] * 999), "infinite"),
     "overflow of the mean": ("a.wav", lambda path: write_wave(path, np.full((99, 2), 3e38)), "infinite"),
     "huge": ("a.wav", lambda path: write_wave(path, [1e30, -1e30] * 999), "samples as large as 1e+30"),
     "no samples": ("a.wav", lambda path: write_wave(path, []), "no samples"),
@@ -1769,6 +1770,13 @@ def test_feature_stats_equal_numpy(rng: np.random.Generator) -> None:
     assert mean.dtype == np.float32
     np.testing.assert_allclose(mean, expected.mean(axis=(0, 2)), rtol=1e-6, atol=1e-7)
     assert scale == pytest.approx(np.sqrt(expected.var(axis=(0, 2)).mean()), rel=1e-6)
+
+
+def test_scale_beside_a_large_mean(rng: np.random.Generator) -> None:
+    """Small it is, but no rounding error."""
+    features = (1000 + 3 * rng.normal(size=(300, 1, 130))).astype(np.float32)
+    _, scale = feature_stats(features, np.arange(300))  # type: ignore[arg-type]
+    assert scale == pytest.approx(3, rel=0.01)
 
 
 @pytest.mark.parametrize("n_clips", [1, 7, 300])
