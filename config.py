@@ -78,7 +78,7 @@ class Config:
     folds: int = 0  # cross-validation: train this often, each time with another part held out; 0: train once
     val_fraction: float = 0.1  # selects the checkpoint, steers learning rate and stopping
     holdout_fraction: float = 0.1  # scored once, after training; 0: train on these clips too
-    seed: int = 0  # of split, initial weights, shuffling and dropout
+    seed: int = 0  # of split, initial weights, shuffling, augmentation and dropout
 
     # ---- training ---------------------------------------------------------------------------------------
     batch_size: int = 64  # clips per step

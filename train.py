@@ -1000,7 +1000,7 @@ def write_predictions(path: Path, corpus: Corpus, indices: IntArray, outcome: Ou
     writer.writerow(["filename", "emotion", "predicted", *corpus.labels])
     for index, row, predicted in zip(indices, outcome.probabilities, outcome.predictions, strict=True):
         clip = corpus.clips[index]
-        shares = [f"{probability:.4f}" for probability in row]
+        shares = [f"{probability:.9g}" for probability in row]
         writer.writerow([clip.path, corpus.labels[clip.label], corpus.labels[predicted], *shares])
     with replace_file(path) as file:
         file.write(text.getvalue().encode("utf-8", "surrogateescape"))
@@ -1137,7 +1137,7 @@ def pool_folds(paths: Sequence[Path], corpus: Corpus) -> Report:
     if np.isnan(probabilities).any():
         raise UserError(f"{paths[0].parent.parent}: the folds do not hold every clip once")
     true = probabilities[np.arange(len(corpus.clips)), corpus.targets]
-    loss = float(-np.log(np.maximum(true, 1e-4)).mean())  # of four decimals; unweighted
+    loss = float(-np.log(np.maximum(true, 1e-30)).mean())  # unweighted
     return make_report(Outcome(loss, probabilities, corpus.targets), corpus, np.arange(len(corpus.clips)))
 
 

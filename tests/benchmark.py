@@ -38,7 +38,7 @@ import soxr
 import torch
 from torch import nn
 
-from config import Config, parse_config
+from config import SPLIT_FIELDS, Config, parse_config
 from inference import predict
 from model import build_model, resolve_dtype
 from prepare import (
@@ -418,6 +418,8 @@ def our_time_to(target: float, flags: Sequence[str | Path], scratch: Path) -> tu
 def measure_race(target: float, data_dir: Path, flags: Sequence[str], scratch: Path) -> dict[str, float]:
     """Ours and the original, one after the other, to the same validation accuracy on the same clips."""
     cfg = Config(data_dir=str(data_dir.absolute()), cache_dir=str(scratch / "cache"), device="cpu")
+    given = parse_config(flags)
+    cfg = replace(cfg, **{name: getattr(given, name) for name in SPLIT_FIELDS})
     seconds, accuracy = our_time_to(target, ["--data_dir", cfg.data_dir, *flags], scratch)
     corpus = load_corpus(cfg)
     theirs, their_accuracy = original_time_to(target, corpus, split_corpus(corpus, cfg), cfg)
@@ -528,10 +530,18 @@ def main() -> None:
     parser.add_argument("--target", type=float, help="validation accuracy to race the original recipe to")
     parser.add_argument("--original", action="store_true", help="score the original recipe")
     arguments, flags = parser.parse_known_args()
+    if flags and not (arguments.original or arguments.target):  # a misspelt --data_dir would measure the demo
+        parser.error(f"unknown arguments {' '.join(flags)}")
+    if arguments.target and not arguments.data_dir:
+        parser.error("--target needs --data_dir")
+    if arguments.repeats < 1:
+        parser.error("--repeats must be at least 1")
     if arguments.original:
         if arguments.data_dir:
             flags += ["--data_dir", str(arguments.data_dir)]
         cfg = parse_config(flags)
+        if not cfg.holdout_fraction and not cfg.folds:
+            parser.error("--original scores held-out clips: holdout_fraction must not be 0")
         write_json({"config": cfg.to_dict(), "original": score_original(cfg)})
         return
     if arguments.scale:

@@ -246,3 +246,16 @@ def test_table_of_faults_names_tests_that_exist() -> None:
     for name in names:
         pattern = name.replace("...", ".*")
         assert any(re.fullmatch(pattern, other) for other in defined), name
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["--datadir speech", "--target 0.7", "--repeats 0", "--original --demo --holdout_fraction 0"],
+)
+def test_benchmark_refuses_what_it_cannot_measure(arguments: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, and not after an hour, nor with figures of the demo corpus for those of a misspelt folder."""
+    benchmark = pytest.importorskip("tests.benchmark")
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *arguments.split()])
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main()
+    assert stopped.value.code == 2

@@ -1148,6 +1148,17 @@ def test_folds_pool_every_clip(tiny_cfg: Config, capsys: pytest.CaptureFixture[s
     assert not Path(cfg.checkpoint).exists()  # it is no model of all the data
 
 
+def test_pooling_changes_no_prediction(tiny_cfg: Config, tmp_path: Path) -> None:
+    """Rounded to four decimals, the two classes would tie, and the first one win."""
+    corpus, path = load_corpus(tiny_cfg), tmp_path / "predictions.csv"
+    shares = np.tile(np.array([0.49999, 0.50001], np.float32), (len(corpus.clips), 1))
+    outcome = Outcome(0.0, shares, corpus.targets)
+    train.write_predictions(path, corpus, np.arange(len(shares)), outcome)
+    pooled = train.pool_folds([path], corpus).outcome
+    assert np.array_equal(pooled.probabilities, shares)
+    assert np.array_equal(pooled.predictions, outcome.predictions)
+
+
 def test_folds_without_a_clip_are_not_pooled(tiny_cfg: Config, tmp_path: Path) -> None:
     """Its score would be NaN, or that of other clips."""
     corpus, path = load_corpus(tiny_cfg), tmp_path / "run" / "fold1" / "predictions.csv"
