@@ -116,7 +116,8 @@ class Config:
         _require(self, "hop_length", self.hop_length <= self.n_fft, f"at most n_fft ({self.n_fft})")
         _require(self, "n_mels", self.n_mels <= self.n_fft // 2 + 1, "at most n_fft / 2 + 1")
         _require(self, "n_mfcc", self.n_mfcc <= self.n_mels, f"at most n_mels ({self.n_mels})")
-        _require(self, "duration", self.n_frames >= MIN_FRAMES, f"at least {MIN_FRAMES} frames of hop_length")
+        frames = f"{MIN_FRAMES} to {MAX_FRAMES} frames of hop_length ({self.hop_length} samples)"
+        _require(self, "duration", MIN_FRAMES <= self.n_frames <= MAX_FRAMES, frames)
         room = round(0.9 - self.val_fraction, 9)
         _require(
             self, "holdout_fraction", self.holdout_fraction <= room, f"at most 0.9 - val_fraction ({room:g})"
@@ -183,6 +184,7 @@ class Config:
 
 
 MIN_FRAMES = 9  # the delta filter spans nine frames
+MAX_FRAMES = 4096  # that filter is a matrix of frames by frames: 67 MB, and twice of it
 
 # Where and on what to run. All others are baked into the checkpoint, so that a new field is safe by default.
 RUNTIME_FIELDS = frozenset(

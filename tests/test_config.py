@@ -183,9 +183,12 @@ def test_derived_folders(changes: dict[str, Any], data: str, test: str) -> None:
 # What else a value at its bound needs.
 COMPANIONS: dict[tuple[str, str], dict[str, Any]] = {
     ("sample_rate", "low"): {"duration": 10},
+    ("sample_rate", "high"): {"duration": 2},
+    ("duration", "high"): {"sample_rate": 8000, "hop_length": 2048},
+    ("hop_length", "low"): {"duration": 0.1},
     ("duration", "low"): {"hop_length": 64},
     ("n_mfcc", "high"): {"n_mels": 1024},
-    ("n_fft", "low"): {"n_mels": 9, "n_mfcc": 9, "hop_length": 16},
+    ("n_fft", "low"): {"n_mels": 9, "n_mfcc": 9, "hop_length": 16, "duration": 2},
     ("n_fft", "high"): {},
     ("hop_length", "high"): {"n_fft": 65536, "duration": 60},
     ("n_mels", "low"): {"n_mfcc": 1},
@@ -234,6 +237,7 @@ def test_not_finite_is_refused(name: str, value: float) -> None:
         ("n_mels", {"n_mels": 1025}, {"n_mels": 1026}),
         ("n_mfcc", {"n_mfcc": 128}, {"n_mfcc": 129}),
         ("duration", {"duration": 8 * 512 / 22050}, {"duration": (8 * 512 - 1) / 22050}),
+        ("duration", {"duration": (4096 * 512 - 1) / 22050}, {"duration": 4096 * 512 / 22050}),
         ("holdout_fraction", {"val_fraction": 0.5, "holdout_fraction": 0.4}, {"holdout_fraction": 0.81}),
         ("device", {"device": "cuda:12"}, {"device": "cuda:"}),
         ("device", {"device": "mps"}, {"device": "gpu"}),
