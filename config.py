@@ -364,6 +364,11 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def fits_csv(name: str) -> bool:
+    """Whether a name comes back unchanged from a CSV in UTF-8: one with a carriage return does not."""
+    return "\r" not in name and not any("\ud800" <= character <= "\udfff" for character in name)
+
+
 def say(message: str) -> None:
     """Print one line to stderr; stdout is for results. Of the processes of torchrun the first one speaks."""
     # Some clusters set RANK for all that they start; and whoever reads the messages may leave before the end.

@@ -11,6 +11,7 @@ from config import (
     UserError,
     command,
     die_quietly,
+    fits_csv,
     parse_runtime_config,
     printable,
     say,
@@ -115,7 +116,7 @@ def _natural_key(path: Path) -> list[tuple[int, str]]:
 def _check_names(names: Iterable[str]) -> None:
     """Refuse, before any work, the few names that would not come back unchanged from a CSV in UTF-8."""
     for name in names:
-        if "\r" in name or any("\ud800" <= character <= "\udfff" for character in name):
+        if not fits_csv(name):
             raise UserError(f"{name}: holds a carriage return or bytes that are not UTF-8: rename the file")
 
 

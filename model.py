@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from config import Config, UserError
+from config import Config, UserError, fits_csv
 
 # ---- dataset --------------------------------------------------------------------------------------------
 
@@ -366,7 +366,7 @@ def _read_checkpoint(path: Path) -> Checkpoint:
     config, labels = Config.from_dict(content.pop("config")), content.pop("labels")
     if not (labels and all(isinstance(label, str) for label in labels) and len(set(labels)) == len(labels)):
         raise UserError("no class names")
-    if any("\r" in label or any("\ud800" <= c <= "\udfff" for c in label) for label in labels):
+    if not all(map(fits_csv, labels)):
         raise UserError("class names that no submission can hold")  # prepare.find_labels lets none pass
     weights = content["weights"]
     if sum(value.nbytes for value in weights.values()) > size:  # few numbers, repeated by their strides

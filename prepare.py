@@ -5,7 +5,7 @@
 fills the cache and prints clips and seconds per class, and what was skipped and why.
 """
 
-from config import Config, UserError, command, die_quietly, parse_config, printable, say
+from config import Config, UserError, command, die_quietly, fits_csv, parse_config, printable, say
 
 if __name__ == "__main__":
     # Answers --help and refuses a bad flag at once: torch takes seconds to load.
@@ -124,7 +124,7 @@ def find_labels(data_dir: Path, *, skip: Path | None = None) -> tuple[str, ...]:
     if not labels:
         raise UserError(f"no class folders in {data_dir}: expected one folder of clips per emotion")
     for label in labels:
-        if "\r" in label or any("\ud800" <= character <= "\udfff" for character in label):
+        if not fits_csv(label):
             raise UserError(
                 f"class folder {data_dir / label}: its name holds a carriage return or bytes that are not "
                 "UTF-8, and so no submission can hold it: rename it"
