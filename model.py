@@ -1,210 +1,312 @@
-"""The network, the dataset that feeds it, and the checkpoint file that holds it."""
+"""Split, dataset, augmentation, network, the ensemble of networks, and the checkpoint that holds it."""
 
 import contextlib
+import dataclasses
 import glob
 import io
 import os
-import platform
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
-import numpy.typing as npt
+import pandas as pd
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils.data import Dataset
 
-from config import Config, UserError, fits_csv
+from config import Config, UserError, note
+from prepare import MFCC, FeatureCache, check_csv_name
 
-# ---- dataset --------------------------------------------------------------------------------------------
-
-
-class _Features(Protocol):
-    """What the dataset asks of features: an array, in memory or mapped from disk."""
-
-    def __getitem__(self, indices: npt.NDArray[np.int64], /) -> npt.NDArray[np.float32]: ...
+# ---- split and dataset -----------------------------------------------------------------------------------
 
 
-class EmotionDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Features and class numbers of some of the clips of a corpus."""
+def split(clips: pd.DataFrame, cfg: Config, *, fold: int = 0, n_folds: int = 0) -> "pd.Series[str]":
+    """Assign each clip to train, val or test, at random: all that is fitted is fitted to train.
+
+    By clip, each class of each corpus is divided alike; by speaker, the speakers of each corpus are, and a
+    corpus of fewer than three stays in training as a whole. Clips with the same audio are never divided.
+
+    Args:
+        clips: The table of load_corpus.
+        cfg: Gives split, fractions and seed; equal seeds and clips give equal parts.
+        fold: With folds, which of them is the test part.
+        n_folds: How many there are; together their test parts hold every clip once.
+
+    Returns:
+        The part of each row.
+
+    Raises:
+        UserError: Parts would be too small, or a speaker is not known.
+    """
+    from sklearn.model_selection import StratifiedKFold  # noqa: PLC0415 - takes seconds
+
+    units = _split_units(clips, cfg)
+    groups = units.drop_duplicates("unit").set_index("unit").stratum
+    # By file name, so that the same clips in other folders get the same parts.
+    groups = groups.loc[sorted(groups.index, key=lambda unit: (Path(unit).name, unit))]
+    if n_folds:
+        unit = {"random": "clip", "speaker": "speaker"}[cfg.split]
+        if n_folds > len(groups):
+            raise UserError(f"folds = {n_folds}: must be at most {len(groups)}, the number of {unit}s")
+        splitter = StratifiedKFold(n_folds, shuffle=True, random_state=cfg.seed)
+        # A class of fewer than n_folds members is no reason to fail: some folds go without it.
+        strata = groups.where(groups.map(groups.value_counts()) >= n_folds, "rest")
+        if strata.value_counts().max() < n_folds:
+            strata = pd.Series("all", index=groups.index)
+        test = groups.index[list(splitter.split(groups, strata))[fold][1]]
+    else:
+        test = _draw(groups, cfg.test_fraction, cfg.seed)
+    rest = groups.drop(test)
+    val = _draw(rest, cfg.val_fraction * (1 if n_folds else len(groups) / max(len(rest), 1)), cfg.seed)
+    part = pd.Series("train", index=groups.index)
+    part[test], part[val] = "test", "val"
+    parts = units.unit.map(part)
+    _check_parts(clips, parts, cfg)
+    return parts
+
+
+def _split_units(clips: pd.DataFrame, cfg: Config) -> pd.DataFrame:
+    """What is never divided, and within what it is dealt out: columns unit and stratum for each clip."""
+    corpus = clips.corpus.str.split().str[0]  # RAVDESS speech and song share their actors
+    if cfg.split == "random":
+        first = clips.groupby("audio_hash")["path"].transform("first")
+        strata = (corpus + " " + clips.emotion).groupby(first).transform("first")
+        return pd.DataFrame({"unit": first, "stratum": strata})
+    if unknown := int((clips.speaker == "").sum()):
+        raise UserError(
+            f"split = speaker: the speakers of {unknown} of {len(clips)} clips are not known: name files as "
+            "RAVDESS, CREMA-D, TESS, SAVEE or EmoDB do, or pass --manifest"
+        )
+    speaker = clips.groupby("audio_hash").speaker.transform("first")  # the same audio has one speaker
+    return pd.DataFrame({"unit": speaker, "stratum": corpus.groupby(speaker).transform("first")})
+
+
+def _draw(groups: "pd.Series[str]", fraction: float, seed: int) -> "pd.Index[str]":
+    """Draw a fraction of each stratum, at least one of three or more, none of fewer."""
+    from sklearn.model_selection import train_test_split  # noqa: PLC0415
+
+    drawn: list[str] = []
+    for _, stratum in groups.groupby(groups):
+        if fraction and len(stratum) > 2:
+            size = min(max(1, round(fraction * len(stratum))), len(stratum) - 1)
+            drawn += train_test_split(stratum.index.to_numpy(), test_size=size, random_state=seed)[1].tolist()
+    return pd.Index(drawn, dtype=object)
+
+
+def _check_parts(clips: pd.DataFrame, parts: "pd.Series[str]", cfg: Config) -> None:
+    emotions = clips.emotion.nunique()
+    counts = parts.value_counts()
+    if counts.get("val", 0) < emotions:
+        why = f"val_fraction = {cfg.val_fraction}: raise it or add clips"
+        if cfg.split == "speaker":
+            speakers = clips.groupby("corpus").speaker.nunique()
+            why = f"a corpus needs three speakers or more, here are {speakers.to_dict()}: use --split random"
+        raise UserError(
+            f"{counts.get('val', 0)} of {len(clips)} clips for validation, "
+            f"fewer than the {emotions} classes: {why}"
+        )
+    if counts.get("train", 0) < 2:
+        raise UserError(f"{counts.get('train', 0)} of {len(clips)} clips for training: lower the fractions")
+    for part in ("train", "val", "test"):
+        absent = set(clips.emotion) - set(clips.emotion[parts == part])
+        if absent and part in counts:
+            note(f"warning: no clip of {', '.join(sorted(absent))} in {part}: too few clips")
+
+
+# Windows (W, n_features, n_frames) float32, the clip in the batch that each belongs to (W,) int64, and the
+# class of each clip (B,) int64.
+Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+class EmotionDataset(Dataset[Batch]):
+    """Clips whose features lie in the cache; it makes whole batches, so a DataLoader must not collate.
+
+    For training a clip gives one of its windows, drawn anew each time; for evaluation it gives them all.
+    """
 
     def __init__(
-        self,
-        features: _Features,
-        targets: npt.NDArray[np.int64],
-        indices: npt.NDArray[np.int64] | None = None,
+        self, clips: pd.DataFrame, labels: Sequence[str], cache: FeatureCache, *, one_window: bool
     ) -> None:
-        """Choose the clips.
-
-        Args:
-            features: (N, n_features, n_frames) float32; only indexed, never copied as a whole.
-            targets: (N,) class numbers.
-            indices: (M,) the clips of this dataset; None for all.
-        """
-        self.features, self.targets = features, targets
-        self.indices = np.arange(len(targets)) if indices is None else indices
+        """Take a table of clips (first_window, n_windows, emotion) and the class names in their order."""
+        self.first_window = clips.first_window.to_numpy(np.int64)
+        self.n_windows = clips.n_windows.to_numpy(np.int64)
+        self.targets = np.array([labels.index(emotion) for emotion in clips["emotion"]], np.int64)
+        self.cache, self.one_window = cache, one_window
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.targets)
 
-    def __getitem__(self, item: int) -> tuple[Tensor, Tensor]:
-        """One clip: (n_features, n_frames) float32 and () int64."""
-        features, targets = self.__getitems__([item])
-        return features[0], targets[0]
+    def __getitems__(self, items: Sequence[int]) -> Batch:
+        """The batch of these clips."""
+        first, windows = self.first_window[items], self.n_windows[items]
+        if self.one_window:
+            ids = first + (torch.rand(len(items)).numpy() * windows).astype(np.int64)
+            owner = np.arange(len(items))
+        else:
+            owner = np.repeat(np.arange(len(items)), windows)
+            ids = np.concatenate(
+                [np.arange(start, start + n) for start, n in zip(first, windows, strict=True)]
+            )
+        features = torch.from_numpy(self.cache.read(ids))
+        return features, torch.from_numpy(owner), torch.from_numpy(self.targets[items])
 
-    def __getitems__(self, items: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """A batch at once, as DataLoader asks for it: (B, n_features, n_frames) float32 and (B,) int64."""
-        chosen = self.indices[np.asarray(items)]
-        return torch.from_numpy(self.features[chosen]), torch.from_numpy(self.targets[chosen])
+    def __getitem__(self, item: int) -> Batch:
+        """The batch of one clip."""
+        return self.__getitems__([item])
 
 
-# ---- network --------------------------------------------------------------------------------------------
+# ---- augmentation ----------------------------------------------------------------------------------------
+
+
+class Augment(nn.Module):
+    """Give each training clip another voice, tempo and start, at random, by changing its cepstra.
+
+    Voice: vocal tract length perturbation (VTLP; Jaitly & Hinton 2013, ICML workshop on deep learning for
+    audio), for which the mel axis is read off at other places; with the DCT on either side that is one
+    matrix on the cepstrum (Pitz & Ney 2005, IEEE Trans. Speech and Audio Processing 13:930).
+    """
+
+    warps: Tensor
+    silence: Tensor
+
+    def __init__(self, mfcc: MFCC, cfg: Config) -> None:
+        """Prepare 41 warps from 1 / (1 + vtlp) to 1 + vtlp."""
+        super().__init__()
+        import librosa  # noqa: PLC0415
+
+        self.mfcc, self.tempo = mfcc, cfg.tempo
+        self.shift = cfg.shift * cfg.sample_rate / cfg.hop_length  # frames
+        # A spectrum that is the same in all bands has but the first coefficient.
+        self.register_buffer("silence", (mfcc.dct @ torch.ones(cfg.n_mels)))
+        mels = np.linspace(0, librosa.hz_to_mel(cfg.sample_rate / 2), cfg.n_mels + 2)[1:-1]  # of the bands
+        bands, dct = np.arange(cfg.n_mels), mfcc.dct.double().numpy()
+        warps = []
+        for power in np.linspace(-1, 1, 41):
+            hertz = librosa.mel_to_hz(mels) * (1 + cfg.vtlp) ** power
+            place = np.interp(librosa.hz_to_mel(hertz), mels, bands)
+            warps.append(dct @ np.maximum(0, 1 - np.abs(place[:, None] - bands)) @ dct.T)
+        self.register_buffer("warps", torch.from_numpy(np.stack(warps).astype(np.float32)))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, 3 * n_mfcc, T) float32, any device -> the same shape, each clip changed otherwise.
+
+        What comes into view from before or after the window is silence, 80 dB below its loudest band.
+        """
+        n_clips, _, n_frames = features.shape
+        mfcc = features[:, : len(self.mfcc.dct)]
+        loudest = (self.mfcc.dct.T @ mfcc).amax(dim=(1, 2))
+        silence = ((loudest - 80)[:, None] * self.silence)[:, :, None]  # (B, n_mfcc, 1)
+        mfcc = self.warps[torch.randint(len(self.warps), (n_clips,), device=features.device)] @ mfcc
+
+        tempo, start = 2 * torch.rand(2, n_clips, 1, device=features.device) - 1
+        frames = torch.arange(n_frames, device=features.device) - start * self.shift
+        place = frames * (1 + self.tempo) ** tempo  # (B, T): where each new frame comes from
+        left = place.floor().clamp(0, n_frames - 2)
+        index = left.long()[:, None].expand_as(mfcc)
+        between = (place - left).clamp(0, 1)[:, None]
+        moved = torch.lerp(mfcc.gather(2, index), mfcc.gather(2, index + 1), between)
+        inside = (place >= 0) & (place <= n_frames - 1)
+        return self.mfcc.add_deltas(torch.where(inside[:, None], moved, silence))
+
+
+# ---- network ---------------------------------------------------------------------------------------------
 
 
 class EmotionCNNGRU(nn.Module):
-    """A bidirectional GRU over a convolutional network: (B, F, T) features -> (B, C) logits, any T >= 1.
+    """A bidirectional GRU over a convolutional network: features (B, F, T) -> logits (B, C), any T >= 1.
 
-    The convolutions find local patterns and shorten the clip, the GRU (Chung et al. 2014, arXiv:1412.3555)
-    follows them through time. What it says is pooled over time: mean and deviation, weighted by attention
-    (Okabe et al. 2018, arXiv:1803.10963), and maximum.
+    Convolutions find local patterns and shorten the window, the GRU (Chung et al. 2014, arXiv:1412.3555)
+    follows them through time, and attentive statistics pooling (Okabe et al. 2018, arXiv:1803.10963) and the
+    maximum sum its states up.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(
-        self,
-        n_features: int,
-        n_classes: int,
-        *,
-        conv_channels: int,
-        conv_blocks: int,
-        conv_kernel: int,
-        gru_hidden: int,
-        gru_layers: int,
-        dropout: float,
-        conv_dropout: float,
-    ) -> None:
+    def __init__(self, cfg: Config, n_classes: int) -> None:
         """Build the layers; sizes as in Config."""
         super().__init__()
-        # Part of the network, so that nobody can forget to centre and scale. Filled in by build_model.
-        self.register_buffer("mean", torch.zeros(n_features, 1))
+        # Part of the network, so that nobody can forget to normalise: mean of each row of features, and one
+        # std for all of them. With a std of its own the noise in the deltas of high coefficients would weigh
+        # as much as the loudness contour, which costs accuracy (assets/experiments.md).
+        self.register_buffer("mean", torch.zeros(cfg.n_features, 1))
         self.register_buffer("std", torch.ones(()))
-        widths = [n_features, *(conv_channels * (2 + block) // 2 for block in range(conv_blocks))]
+        widths = [cfg.n_features, *(cfg.conv_channels * (2 + block) // 2 for block in range(cfg.conv_blocks))]
         # Over time alone, but as images of one line: PyTorch has faster kernels for these.
         self.conv = nn.Sequential(
             *(
                 nn.Sequential(
-                    nn.Conv2d(width_in, width_out, (1, conv_kernel), padding="same", bias=False),
+                    nn.Conv2d(width_in, width_out, (1, cfg.conv_kernel), padding="same", bias=False),
                     nn.BatchNorm2d(width_out),
                     nn.LeakyReLU(0.1),
-                    nn.MaxPool2d((1, 2), ceil_mode=True),  # ceil: the last frame counts, one frame stays one
-                    nn.Dropout(conv_dropout),
+                    nn.MaxPool2d((1, 2), ceil_mode=True),  # ceil: the last frame counts
+                    nn.Dropout(cfg.conv_dropout),
                 )
                 for width_in, width_out in pairwise(widths)
             )
         )
         self.gru = nn.GRU(
             widths[-1],
-            gru_hidden,
-            gru_layers,
+            cfg.gru_hidden,
+            cfg.gru_layers,
             batch_first=True,
             bidirectional=True,
-            dropout=dropout if gru_layers > 1 else 0.0,
+            dropout=cfg.dropout if cfg.gru_layers > 1 else 0.0,
         )
-        n_states = 2 * gru_hidden
+        n_states = 2 * cfg.gru_hidden
         self.attention = nn.Sequential(nn.Linear(n_states, 64), nn.Tanh(), nn.Linear(64, 1))
         self.head = nn.Sequential(
-            nn.Dropout(dropout),
-            nn.Linear(3 * n_states, gru_hidden),
-            nn.BatchNorm1d(gru_hidden),
+            nn.Dropout(cfg.dropout),
+            nn.Linear(3 * n_states, cfg.gru_hidden),
+            nn.BatchNorm1d(cfg.gru_hidden),
             nn.LeakyReLU(0.1),
-            nn.Dropout(dropout),
-            nn.Linear(gru_hidden, n_classes),
+            nn.Dropout(cfg.dropout),
+            nn.Linear(cfg.gru_hidden, n_classes),
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        """Raw features (B, F, T), as prepare.extract_features gives them -> logits (B, C)."""
+        """Features (B, F, T) float32, as MFCC gives them -> logits (B, C) float32."""
         x = ((features - self.mean) / self.std)[:, :, None]  # (B, F, 1, T)
         x = self.conv(x.to(memory_format=torch.channels_last))[:, :, 0]  # (B, channels, T / 2 ** conv_blocks)
         states = self.gru(x.transpose(1, 2))[0].float()  # (B, T', 2 * gru_hidden)
         weights = self.attention(states).float().softmax(dim=1)  # (B, T', 1)
         mean = (weights * states).sum(dim=1)
         variance = (weights * states.square()).sum(dim=1) - mean.square()
-        deviation = variance.clamp(min=1e-5).sqrt()  # at 0 the root has no slope
-        pooled = torch.cat([mean, deviation, states.amax(dim=1)], dim=1)  # (B, 6 * gru_hidden)
+        std = variance.clamp(min=1e-5).sqrt()  # at 0 the root has no slope
+        pooled = torch.cat([mean, std, states.amax(dim=1)], dim=1)  # (B, 6 * gru_hidden)
         return self.head(pooled).float()  # type: ignore[no-any-return] # nn.Module is Any
 
 
 class EmotionEnsemble(nn.Module):
-    """Networks that learn side by side and are heard together: the mean of their probabilities.
+    """Networks whose probabilities are averaged, and the features they were trained on.
 
-    They differ in the random weights they start from, and in how their clips are augmented, and so err
-    differently (Hansen & Salamon 1990, IEEE Trans. Pattern Analysis and Machine Intelligence 12:993).
+    Trained from different seeds they err differently (Hansen & Salamon 1990, IEEE Trans. Pattern Analysis
+    and Machine Intelligence 12:993).
     """
 
-    def __init__(self, members: Sequence[EmotionCNNGRU]) -> None:
-        """Take the M networks in."""
+    def __init__(self, mfcc: MFCC, members: Sequence[nn.Module]) -> None:
+        """Put them together."""
         super().__init__()
-        self.members = nn.ModuleList(members)
+        self.mfcc, self.members = mfcc, nn.ModuleList(members)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Logits for each member's own clips, or what all say of the same clips.
-
-        Training: (M * B, F, T), a batch for each member -> (M * B, C). Evaluation: (B, F, T) -> (B, C)
-        logarithms of the mean probabilities, which serve as logits.
-        """
-        if self.training:
-            parts = features.chunk(len(self.members))
-            return torch.cat([member(part) for member, part in zip(self.members, parts, strict=True)])
-        shares = torch.stack([member(features).softmax(dim=1) for member in self.members]).mean(dim=0)
-        return shares.clamp(min=1e-30).log()  # a share that underflows to 0 would make the loss infinite
+        """Features (B, F, T) -> probabilities (B, C) float32."""
+        return torch.stack([member(features).softmax(dim=1) for member in self.members]).mean(dim=0)
 
 
-Network: TypeAlias = EmotionCNNGRU | EmotionEnsemble
+def mean_over_windows(probabilities: Tensor, owner: Tensor, n_clips: int) -> Tensor:
+    """Probabilities of windows (W, C), and the clip of each (W,) -> means of clips (n_clips, C)."""
+    total = probabilities.new_zeros(n_clips, probabilities.shape[1]).index_add(0, owner, probabilities)
+    return total / torch.bincount(owner, minlength=n_clips)[:, None]
 
 
-def build_model(
-    cfg: Config,
-    n_classes: int,
-    *,
-    mean: npt.NDArray[np.float32] | None = None,
-    std: float = 1.0,
-) -> Network:
-    """Make the network, or the ensemble of them, that the config describes.
-
-    Args:
-        cfg: Gives the sizes.
-        n_classes: Logits per clip.
-        mean: (n_features,) of the training clips; None for zeros.
-        std: Of the training clips, one for all rows, positive.
-    """
-    members = [_build_member(cfg, n_classes) for _ in range(cfg.ensemble)]
-    for member in members:
-        if mean is not None:
-            member.mean.copy_(torch.from_numpy(mean)[:, None])
-        member.std.fill_(std)
-    return EmotionEnsemble(members) if len(members) > 1 else members[0]
-
-
-def _build_member(cfg: Config, n_classes: int) -> EmotionCNNGRU:
-    return EmotionCNNGRU(
-        cfg.n_features,
-        n_classes,
-        conv_channels=cfg.conv_channels,
-        conv_blocks=cfg.conv_blocks,
-        conv_kernel=cfg.conv_kernel,
-        gru_hidden=cfg.gru_hidden,
-        gru_layers=cfg.gru_layers,
-        dropout=cfg.dropout,
-        conv_dropout=cfg.conv_dropout,
-    )
+# ---- devices and processes -------------------------------------------------------------------------------
 
 
 def resolve_device(name: str) -> torch.device:
@@ -213,214 +315,193 @@ def resolve_device(name: str) -> torch.device:
     Raises:
         UserError: The machine has no such device.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
     n_cuda = torch.cuda.device_count()
-    missing = {
-        "cuda": (device.index or 0) >= n_cuda,
-        "mps": not torch.backends.mps.is_available(),
-        "cpu": False,
-    }
-    if missing[device.type]:
+    device = torch.device("cuda" if name == "auto" and n_cuda else "cpu" if name == "auto" else name)
+    is_missing = device.type == "cuda" and (device.index or 0) >= n_cuda
+    if is_missing or (device.type == "mps" and not torch.backends.mps.is_available()):
         raise UserError(f"device = {name!r}: not on this machine, which has cpu and {n_cuda} cuda device(s)")
     return device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The number format of that name; `auto` is bfloat16 where the device multiplies it faster than float32.
+    """The autocast dtype of training; `auto` is bfloat16 where the device multiplies it faster.
 
-    bfloat16 has the range of float32 and 8 bits of precision: enough for products, whose sums, and all
-    weights, stay float32 (Kalamkar et al. 2019, arXiv:1905.12322).
+    bfloat16 has the range of float32 and 8 bits of precision; sums and all weights stay float32 (Kalamkar et
+    al. 2019, arXiv:1905.12322).
     """
     if name == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         fast = fast or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
-        return torch.bfloat16 if fast else torch.float32
+        name = "bfloat16" if fast else "float32"
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
-# ---- checkpoint -----------------------------------------------------------------------------------------
+def is_torchrun() -> bool:
+    """Whether torchrun started this process."""
+    return distributed.is_initialized()
 
-VERSION = 2  # of the file's layout
+
+def rank() -> int:
+    """Number of this process; the first one, 0, writes and prints."""
+    return distributed.get_rank() if is_torchrun() else 0
+
+
+def own_device(cfg: Config) -> torch.device:
+    """The device of this process; under torchrun each has a GPU of its own.
+
+    Raises:
+        UserError: The machine has no such device, or fewer than processes.
+    """
+    device = resolve_device(cfg.device)
+    if is_torchrun() and device.type == "cuda":
+        return resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
+    return device
+
+
+def broadcast(values: list[Any]) -> list[Any]:
+    """The values of the first process of torchrun, so that all come to the same decisions."""
+    if is_torchrun():
+        distributed.broadcast_object_list(values, 0)
+    return values
+
+
+@contextlib.contextmanager
+def torchrun(cfg: Config) -> Iterator[None]:
+    """Join the processes that torchrun started, if it did."""
+    if not distributed.is_torchelastic_launched():
+        yield
+        return
+    on_gpu = resolve_device(cfg.device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(resolve_device(f"cuda:{os.environ['LOCAL_RANK']}"))
+    distributed.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        with contextlib.nullcontext() if rank() == 0 else contextlib.redirect_stdout(None):
+            yield
+    finally:
+        distributed.destroy_process_group()
+
+
+# ---- checkpoint ------------------------------------------------------------------------------------------
+
+VERSION = 3  # of the file's layout
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """A trained model and everything needed to use it, judge it or train it further."""
+    """A trained model, and what is needed to use and to judge it. Plain types and tensors only."""
 
     config: Config
-    labels: tuple[str, ...]  # class names in the order of the logits
-    weights: dict[str, Tensor]  # state of the Network, feature statistics (mean, std) included
-    epoch: int  # finished epochs when it was made
-    scores: dict[str, float]  # of this epoch on the validation clips: accuracy, uar, macro_f1
-    n_clips: dict[str, int]  # training clips per class
-    files: str  # hash of the features of all clips, their classes and their split
+    labels: list[str]  # class names in the order of the logits
+    mfcc: dict[str, Tensor]  # constants of the features
+    members: list[dict[str, Tensor]]  # state of each network, mean and std of the features included
+    epochs: list[int]  # the epoch that each network is of
+    n_clips: dict[str, int]  # training clips of each class
     versions: dict[str, str]  # of Python and the libraries
-    training: dict[str, Any] = field(default_factory=dict)  # state of the run, for --resume only
+    run: str  # names the run that made it
+
+    @property
+    def summary(self) -> str:
+        """What the model is, in one line."""
+        networks = f"{len(self.members)} networks" if len(self.members) > 1 else "1 network"
+        return f"{networks} trained on {sum(self.n_clips.values()):,} clips of {len(self.labels)} classes"
 
 
-@contextlib.contextmanager
-def replace_file(path: Path) -> Iterator[BinaryIO]:
-    """Open a file for writing that takes the place of `path` when all is written: old or new, never half.
+def save_file(path: Path, content: bytes) -> None:
+    """Write a file in one step: whatever happens, the old or the new one is there, never half of one.
 
     Raises:
         OSError: It cannot be written; the old file is as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for half in path.parent.glob(f"{glob.escape(path.name)}.*.tmp"):
-        if _is_stale(half):
-            with contextlib.suppress(OSError):
-                half.unlink()
-    # In the same folder, for from another file system it could not be replaced in a single step.
-    half = path.with_name(f"{path.name}.{platform.node()}.{os.getpid()}.tmp")
+    for stale in path.parent.glob(glob.escape(f".{path.name}.") + "*.tmp"):  # of a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - stale.stat().st_mtime > 60:
+                stale.unlink()
+    # In the same folder, or it could not be moved in one step.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with half.open("wb") as file:
-            yield file
+        with draft.open("wb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        half.replace(path)
-        _sync_folder(path.parent)
+        draft.replace(path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-    finally:
-        with contextlib.suppress(OSError):  # a read-only disk refuses to remove even what is not there
-            half.unlink()
 
 
-def _is_stale(half: Path) -> bool:
-    """Whether the process that was writing this temporary file is gone."""
-    pid = half.suffixes[-2][1:]
-    if not pid.isdecimal():  # not of this program: perhaps the user's own copy
-        return False
-    is_ours = half.name.endswith(f".{platform.node()}.{pid}.tmp")
-    try:
-        if is_ours and os.name == "posix":  # elsewhere signal 0 is more than a question
-            os.kill(int(pid), 0)
-        return time.time() - half.stat().st_mtime > 60  # no write takes a minute
-    except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):  # it is another user's, or has just been removed
-        return False
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name in a folder outlast a power cut, where the system can."""
-    with contextlib.suppress(OSError):  # Windows opens no folder
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint in one step; it holds plain types and tensors only.
+def save_tensors(path: Path, content: Mapping[str, Any]) -> None:
+    """Write plain types and tensors with torch.save, in one step.
 
     Raises:
-        OSError: It cannot be written; the old file is as it was.
+        OSError: As save_file.
     """
-    content = {name: getattr(checkpoint, name) for name in checkpoint.__dataclass_fields__}
-    content |= {"version": VERSION, "config": checkpoint.config.to_dict(), "labels": list(checkpoint.labels)}
-    # Through memory: torch.save turns what befalls it in a file, full disk or Ctrl-C, into a RuntimeError.
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    with replace_file(path) as file:
-        file.write(buffer.getbuffer())
+    buffer = io.BytesIO()  # in a file, torch.save turns a full disk into a RuntimeError
+    torch.save(dict(content), buffer)
+    save_file(path, buffer.getvalue())
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
-    """Read a checkpoint; nothing in the file is executed, and its checksums are verified.
+def load_tensors(path: Path) -> dict[str, Any]:
+    """Read what save_tensors wrote; nothing in the file is executed, and its checksums are verified.
 
     Raises:
-        UserError: There is no such file, or it is damaged or not one of ours.
+        UserError: There is no such file, or it is damaged, or not one of ours.
     """
     if not path.is_file():
         raise UserError(
             f"no checkpoint {path}: train one with `python train.py`, or name one with --checkpoint"
         )
     try:
-        return _read_checkpoint(path)
-    except (zipfile.BadZipFile, UserError, OSError) as error:
-        reason = str(error)[:500]
+        with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not look at them
+            damaged = archive.testzip()
+        with warnings.catch_warnings(action="ignore"):  # torch's, about types that we do not write
+            content = torch.load(path, map_location="cpu", weights_only=True)
+        if isinstance(content, dict) and content.get("version") == VERSION and not damaged:
+            return content
+        reason = f"{damaged} has changed" if damaged else f"not a checkpoint of layout {VERSION}"
     except Exception as error:  # whatever a broken or hostile file provokes
         reason = type(error).__name__  # not its text: torch's advises to load the file unsafely
     raise UserError(f"checkpoint {path} cannot be used ({reason}): train a new one with `python train.py`")
 
 
-def _read_checkpoint(path: Path) -> Checkpoint:
-    size = path.stat().st_size
-    with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not look at them
-        if sum(entry.file_size for entry in archive.infolist()) > size:  # torch.save does not compress
-            raise UserError("it would unpack to more than its size")
-        if broken := archive.testzip():
-            raise UserError(f"{broken} has changed")
-    with warnings.catch_warnings(action="ignore"):  # of torch's, about types that we do not write
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(content, dict) or content.pop("version", None) != VERSION:
-        raise UserError(f"not a checkpoint of layout {VERSION}")
-    kinds: dict[str, type] = {"epoch": int, "labels": list, "files": str}  # the others are tables
-    names = Checkpoint.__dataclass_fields__.keys() | content.keys()
-    if odd := [name for name in names if not isinstance(content.get(name), kinds.get(name, dict))]:
-        raise UserError(f"bad fields {', '.join(sorted(map(str, odd)))}")
-    config, labels = Config.from_dict(content.pop("config")), content.pop("labels")
-    if not (labels and all(isinstance(label, str) for label in labels) and len(set(labels)) == len(labels)):
-        raise UserError("no class names")
-    if not all(map(fits_csv, labels)):
-        raise UserError("class names that no submission can hold")  # prepare.find_labels lets none pass
-    weights = content["weights"]
-    if sum(value.nbytes for value in weights.values()) > size:  # few numbers, repeated by their strides
-        raise UserError("weights are larger than the file")
-    for name, value in weights.items():
-        if value.dtype == torch.float16:  # a file may hold them at half its size
-            weights[name] = value.float()
-    with torch.device("meta"):  # where tensors have shapes alone: the file may ask for a huge network
-        expected = build_model(config, len(labels)).state_dict()
-    if odd := misfits(weights, dict(expected)):
-        raise UserError(f"weights do not fit the network: {'; '.join(odd[:5])}")
-    if not all(bool(value.isfinite().all()) for value in weights.values()):
-        raise UserError("weights are not finite")
-    return Checkpoint(config=config, labels=tuple(labels), **content)
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a trained model.
 
-
-def misfits(value: Any, pattern: Any, name: str = "") -> list[str]:  # noqa: ANN401 - whatever a file can hold
-    """Where plain types and tensors are not built like those of a pattern: other keys, types or shapes.
-
-    Args:
-        value: As found.
-        pattern: As wanted; what it holds otherwise does not matter, nor does the device of its tensors.
-        name: What the value is called.
-
-    Returns:
-        One `name: found, not wanted` for each place.
+    Raises:
+        OSError: It cannot be written; the old file is as it was.
     """
-    odd: list[str] = []
-    pairs: list[tuple[Any, Any, Any]]
-    if isinstance(value, dict) and isinstance(pattern, dict):
-        odd += [f"{name}{key} is missing" for key in pattern if key not in value]
-        odd += [f"{name}{key} is unknown" for key in value if key not in pattern]
-        pairs = [(key, value[key], pattern[key]) for key in pattern if key in value]
-    elif isinstance(value, list | tuple) and isinstance(pattern, list | tuple) and len(value) == len(pattern):
-        pairs = [(number, *pair) for number, pair in enumerate(zip(value, pattern, strict=True))]
-    else:
-        found, wanted = _kind(value), _kind(pattern)
-        return [] if found == wanted else [f"{name.removesuffix('.')} is {found}, not {wanted}"]
-    for key, found, wanted in pairs:
-        odd += misfits(found, wanted, f"{name}{key}.")
-    return odd
+    save_tensors(path, {"version": VERSION, **dataclasses.asdict(checkpoint)})
 
 
-def _kind(value: Any) -> str:  # noqa: ANN401
-    if isinstance(value, Tensor):
-        is_plain = value.layout == torch.strided and not value.is_nested
-        return f"{value.dtype} {list(value.shape)}" if is_plain else str(value.layout)
-    if isinstance(value, list | tuple):
-        return f"a list of {len(value)}"
-    return "a number" if type(value) in {int, float} else f"a {type(value).__name__}"
+def load_checkpoint(path: Path) -> tuple[Checkpoint, EmotionEnsemble]:
+    """Read a trained model, and build it, ready for prediction.
+
+    Raises:
+        UserError: The file is missing, damaged, or not a trained model.
+    """
+    content = load_tensors(path)
+    content.pop("version")
+    try:
+        checkpoint = Checkpoint(**{**content, "config": Config.from_dict(content["config"])})
+        for label in checkpoint.labels:
+            check_csv_name(label)
+        model = build_ensemble(checkpoint)
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"checkpoint {path} is no trained model of this version: {reason}") from None
+    if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
+        raise UserError(f"checkpoint {path} cannot be used: its weights are not finite")
+    return checkpoint, model
 
 
-def restore_model(checkpoint: Checkpoint, device: torch.device) -> Network:
-    """Rebuild the trained network, ready for prediction."""
-    model = build_model(checkpoint.config, len(checkpoint.labels))
-    model.load_state_dict(checkpoint.weights)
-    return model.to(device).eval()
+def build_ensemble(checkpoint: Checkpoint) -> EmotionEnsemble:
+    """The trained network or networks, in float32 (a file may hold half precision) and evaluation mode."""
+    mfcc = MFCC(checkpoint.mfcc, checkpoint.config.hop_length)
+    members = []
+    for weights in checkpoint.members:
+        member = EmotionCNNGRU(checkpoint.config, len(checkpoint.labels))
+        member.load_state_dict(weights)  # strict, and float32 whatever the file holds
+        members.append(member)
+    return EmotionEnsemble(mfcc, members).eval()
