@@ -134,7 +134,7 @@ def parse_names(paths: Iterable[str]) -> pd.DataFrame:
     stems = pd.Series([Path(path).stem for path in paths], dtype=object)
     table = pd.DataFrame({"corpus": "other", "speaker": "", "code": ""}, index=stems.index, dtype=object)
     for corpus, convention in _CONVENTIONS.items():
-        found = stems.str.extract(f"^(?:{convention})$").dropna()
+        found = stems.str.extract(f"^(?:{convention})\\Z").dropna()
         table.loc[found.index, "corpus"] = corpus
         table.loc[found.index, "speaker"] = corpus.split()[0] + " " + found.speaker
         table.loc[found.index, "code"] = found.code

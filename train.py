@@ -658,7 +658,7 @@ def describe_scores(scores: dict[str, Any]) -> str:
         lines.append(f"{text:27}{scores[name]:6.1%}{interval}")
     lines.append(f"{'calibration error':27}{scores['calibration_error']:6.1%}")
     if not scores["intervals"]:
-        lines.append("no intervals: they need five known speakers or more; --folds tests on every speaker")
+        lines.append("no intervals: they need five speakers or more, all known; --folds tests on each")
     per_class = pd.DataFrame(scores["per_class"]).T.rename(columns={"f1-score": "F1", "support": "clips"})
     per_corpus = pd.DataFrame(scores["per_corpus"]).T.rename(columns={"uar": "UAR", "macro_f1": "F1"})
     for table in (per_class, per_corpus):
@@ -791,8 +791,10 @@ def cross_validate(cfg: Config, n_folds: int, *, resume: bool) -> None:
 
 def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
     """Train."""
-    if flags.folds in {1} or flags.folds < 0:
+    if flags.folds == 1 or flags.folds < 0:
         raise UserError(f"folds = {flags.folds}: must be 0 or at least 2")
+    if flags.folds and cfg.checkpoint not in {Config().checkpoint, DEMO["checkpoint"]}:
+        raise UserError("--folds keeps a checkpoint of each fold in run_dir: leave out --checkpoint")
     with torchrun(cfg), contextlib.ExitStack() as stack:
         if rank() == 0:
             if flags.demo:
@@ -802,7 +804,7 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
                 stack.enter_context(FileLock(Path(cfg.run_dir, ".lock"), timeout=1))
             except Timeout:
                 raise UserError(f"another run is writing to {cfg.run_dir}: wait, or pass --run_dir") from None
-        broadcast([])  # the others wait for the demo corpus
+        broadcast([None])  # the others wait for the demo corpus
         if flags.folds:
             cross_validate(cfg, flags.folds, resume=flags.resume)
         else:

@@ -95,17 +95,12 @@ def expect(is_right: bool, fault: str, home: Path) -> None:
 
 
 def files(home: Path) -> set[tuple[str, int]]:
-    """Name and time of all that the scripts write, drafts and journals of databases included."""
+    """Name, without process id, and time of all that the scripts write, drafts and journals included."""
     found = set()
     for path in itertools.chain(home.glob("*.*"), home.glob("run/*.*"), home.glob("cache/*.*")):
         with contextlib.suppress(FileNotFoundError):
-            found.add((path.name, path.stat().st_mtime_ns))
+            found.add((re.sub(r"[.]\d+[.]tmp$", ".tmp", path.name), path.stat().st_mtime_ns))
     return found
-
-
-def drafts(home: Path) -> set[tuple[str, int]]:
-    """Those of them that are being written, or were when a run was killed."""
-    return {file for file in files(home) if file[0].endswith((".tmp", "-journal"))}
 
 
 class Usual(NamedTuple):
@@ -198,10 +193,11 @@ def go_through(
     """Bring a script to its end though it is killed, up to so many times; counts where the kills hit."""
     hits: Counter[tuple[str, str]] = Counter()
     safe = [home / "best_emotion_model.pth", home / "submission.csv"]  # there for ever once they were there
-    goes_on = False  # training first begins anew, and sets an earlier run aside
+    about, goes_on = home / "run" / "run.json", False  # training begins anew, and sets an earlier run aside
+    earlier = about.read_bytes() if about.exists() else b""
     while True:
         done = epochs_done(home) if goes_on else {}
-        there, before = [path for path in safe if path.exists()], drafts(home)
+        there, before = [path for path in safe if path.exists()], files(home)
         process = start(script, home, f"{flags} {'--resume' if goes_on else ''}")
         wants = hits.total() < n_kills and rng.random() > ALONE[script]
         is_killed = wants and kill_at_random(process, home, usual, rng)
@@ -215,11 +211,14 @@ def go_through(
         if not is_killed:
             expect(process.exitcode == 0, f"{script} ended with {process.exitcode}", home)
             return hits
-        names = sorted(name for name, _ in drafts(home) - before)
-        where = re.sub(r"^\.|\.tmp$|-\w+\.\w+-journal$|\d", "", names[0]) if names else ""
-        goes_on = script == "train" and (home / "run" / "run.json").exists() and rng.random() < 0.75
+        drafts = sorted(name for name, _ in files(home) - before if name.endswith((".tmp", "-journal")))
+        where = re.sub(r"^\.|\.tmp$|-\w+\.\w+-journal$|\d", "", drafts[0]) if drafts else ""
+        is_ours = script == "train" and about.exists() and about.read_bytes() != earlier
+        goes_on = is_ours and rng.random() < 0.75
         where = f"{script}, {f'writing {where}' if where else 'between writes'}"
         hits[where, "resumed" if goes_on else "started again"] += 1
+        for draft in home.rglob(".*.tmp"):
+            os.utime(draft, (0, 0))  # the next run removes what is older than a minute
 
 
 def kill(n_kills: int, seed: int) -> None:
@@ -255,7 +254,7 @@ def kill(n_kills: int, seed: int) -> None:
                 name for name in made.keys() | expected[kind] if made.get(name) != expected[kind].get(name)
             )
             expect(not odd, f"not as in the undisturbed run: {', '.join(odd[:5])}", home)
-            expect(not drafts(home), f"left behind: {drafts(home)}", home)
+            expect(not list(home.rglob(".*.tmp")), "a draft is left", home)
             n_runs += 1
     print(f"{'what the kill hit':40}{'kills':>6}  the next run")
     for (where, following), count in sorted(hits.items()):

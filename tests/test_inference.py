@@ -242,7 +242,7 @@ def test_sample_beside_the_data_is_found(folder: str, capsys: pytest.CaptureFixt
     sample.write_text("filename,emotion\n" + "".join(f"{name},Sad\n" for name in names[1:]))
     assert label() == 1
     output = capsys.readouterr()
-    assert output.out == f"5 rows in submission.csv; ids not as in {sample}\n"
+    assert output.out == f"5 rows in submission.csv; not as in {sample}\n"
     assert f"warning: {sample}: 1 files without an id: 1.wav\n" in output.err
     assert len(submission()) == 5
 

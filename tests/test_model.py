@@ -1,7 +1,7 @@
 """Split, dataset, augmentation, network, ensemble, and the checkpoint file: damaged or hostile ones too."""
 
-import os
 import itertools
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
