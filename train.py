@@ -7,7 +7,7 @@ confusion_matrix.png. `--resume` goes on with an interrupted run, `--folds 5` cr
 GPUs or machines: `torchrun --nproc_per_node 2 train.py`.
 """
 
-from config import RUNTIME_FIELDS, Config, UserError, make_parser, note, parse, printable, run
+from config import DEMO, RUNTIME_FIELDS, Config, UserError, make_parser, note, parse, printable, run
 
 if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imports
     parser = make_parser(__doc__)
