@@ -179,10 +179,8 @@ def read_manifest(path: Path, root: Path) -> dict[str, str]:
         where, clip = f"manifest {path}, line {number}", root / name
         if not (name and speaker):
             raise UserError(f"{where}: needs a filename and a speaker")
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{where}: {name} leads out of {root}")
-        if not clip.is_file():
-            raise UserError(f"{where}: no file {clip}")
+        if ".." in Path(name).parts or Path(name).is_absolute() or not clip.is_file():
+            raise UserError(f"{where}: {name!r} is no file in {root}")
         if speakers.setdefault(str(clip), speaker) != speaker:
             raise UserError(f"{where}: {name} has two speakers")
     return speakers

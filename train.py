@@ -231,12 +231,12 @@ def fit(
     the best (Breiman et al. 1984): the highest of 40 accuracies on 1,000 clips is an accident.
 
     Args:
-        cfg: Settings; each member has a seed of its own.
+        cfg: Settings.
         clips: The table with the column part.
         mfcc: Computes the deltas of augmented features.
-        member: 1 to cfg.ensemble.
+        member: 1 to cfg.ensemble; each has a seed of its own.
         resume: Whether to go on from the file.
-        show: Told of each finished epoch.
+        show: Called with the row of history.csv after each epoch.
 
     Raises:
         UserError: The loss is no longer finite.
@@ -728,22 +728,17 @@ def plot_history(history: pd.DataFrame, kept: Sequence[int]) -> Any:  # noqa: AN
 
 
 def plot_confusion(predictions: pd.DataFrame, labels: Sequence[str]) -> Any:  # noqa: ANN401
-    """The confusion matrix: counts, coloured by the fraction of the true class."""
+    """The confusion matrix, each row the fractions of one true class."""
     from matplotlib.figure import Figure  # noqa: PLC0415
-    from sklearn.metrics import confusion_matrix  # noqa: PLC0415
+    from sklearn.metrics import ConfusionMatrixDisplay  # noqa: PLC0415
 
-    counts = confusion_matrix(predictions.emotion, predictions.predicted, labels=labels)
-    fractions = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     figure = Figure(figsize=(6.4, 5.6), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(fractions, cmap="Blues", vmin=0, vmax=1)
-    figure.colorbar(image, label="fraction of the true class")
-    axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right", parse_math=False)
-    axes.set_yticks(range(len(labels)), labels, parse_math=False)
+    true, predicted, style = predictions.emotion, predictions.predicted, {"cmap": "Blues", "ax": axes}
+    ConfusionMatrixDisplay.from_predictions(
+        true, predicted, labels=labels, normalize="true", values_format=".0%", xticks_rotation=45, **style
+    )
     axes.set(xlabel="predicted", ylabel="true", title=f"{len(predictions):,} clips")
-    for (row, column), count in np.ndenumerate(counts):
-        color = "white" if fractions[row, column] > 0.5 else "black"
-        axes.text(column, row, str(count), ha="center", va="center", color=color)
     return figure
 
 

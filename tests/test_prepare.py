@@ -232,9 +232,9 @@ def test_manifest_tells_speakers(tmp_path: Path) -> None:
         (b"path,who\na.wav,x\n", "needs a header with filename and speaker"),
         (b"filename,speaker\na.wav,\n", "line 2: needs a filename and a speaker"),
         (b"filename,speaker\na.wav,x\n,y\n", "line 3: needs a filename and a speaker"),
-        (b"filename,speaker\n/etc/hosts,x\n", "line 2: /etc/hosts leads out of"),
-        (b"filename,speaker\nb/../../a.wav,x\n", "leads out of"),
-        (b"filename,speaker\nb.wav,x\n", "line 2: no file"),
+        (b"filename,speaker\n/etc/hosts,x\n", "line 2: .*/etc/hosts.* is no file in"),
+        (b"filename,speaker\nb/../../a.wav,x\n", "is no file in"),
+        (b"filename,speaker\nb.wav,x\n", "line 2: .*b.wav.* is no file in"),
         (b"filename,speaker\na.wav,x\na.wav,y\n", "line 3: a.wav has two speakers"),
     ],
 )
