@@ -561,7 +561,7 @@ def test_folds_score_every_clip_by_networks_that_never_saw_it(
     """Each fold is a run of its own; their predictions are pooled and scored together."""
     run_dir, model = Path(copied.run_dir), Path(copied.checkpoint).read_bytes()
     before = contents(run_dir)
-    cfg = replace(copied, epochs=1, ensemble=1)
+    cfg = replace(copied, epochs=1, ensemble=1, checkpoint=Config().checkpoint)
     assert script(cfg, folds=3) == 0
     aside = contents(run_dir / json.loads(before["run.json"])["run"])
     assert all(aside[name] == before[name] for name in ("metrics.json", "predictions.csv", "network1.pth"))
