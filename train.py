@@ -507,7 +507,7 @@ def collect(cfg: Config, clips: pd.DataFrame, mfcc: MFCC, run_id: str) -> Checkp
     labels = sorted(set(clips.emotion))
     train_clips = clips[clips.part == "train"]
     checkpoint = Checkpoint(
-        config=cfg,
+        config=replace(cfg, **{name: getattr(Config(), name) for name in RUNTIME_FIELDS}),
         labels=labels,
         mfcc=dict(mfcc.state_dict()),
         members=[state["kept"]["weights"] for state in states],

@@ -14,11 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import librosa
 import numpy as np
@@ -202,7 +202,7 @@ def start_rows(clip: str, checkpoint: Path, *, repeats: int) -> list[Row]:
     ]
 
 
-def measure_speed(cfg: Config, repeats: int) -> list[Row]:
+def measure_speed(cfg: Config, repeats: int) -> Iterator[Row]:
     """All comparisons; on the CPU, in a folder that is removed afterwards."""
     cfg, threads = replace(cfg, device="cpu", batch_size=64), torch.get_num_threads()
     mfcc = MFCC(mfcc_constants(cfg), cfg.hop_length)
@@ -213,11 +213,11 @@ def measure_speed(cfg: Config, repeats: int) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         torch.set_num_threads(1)
-        rows = feature_rows(paths[:100], mfcc, cfg, scratch=scratch, repeats=repeats)
-        rows.append(process_row(found[:1000], mfcc, cfg, scratch=scratch, repeats=repeats))
-        rows.append(training_row(load_corpus(cfg, mfcc), mfcc, cfg, scratch=scratch, repeats=repeats))
+        yield from feature_rows(paths[:100], mfcc, cfg, scratch=scratch, repeats=repeats)
+        yield process_row(found[:1000], mfcc, cfg, scratch=scratch, repeats=repeats)
+        yield training_row(load_corpus(cfg, mfcc), mfcc, cfg, scratch=scratch, repeats=repeats)
         torch.set_num_threads(threads)
-        rows.append(label_row(paths[:200], model, cfg, repeats=repeats))
+        yield label_row(paths[:200], model, cfg, repeats=repeats)
         save_checkpoint(
             scratch / "model.pth",
             Checkpoint(
@@ -231,7 +231,7 @@ def measure_speed(cfg: Config, repeats: int) -> list[Row]:
                 run="benchmark",
             ),
         )
-        return rows + start_rows(paths[0], scratch / "model.pth", repeats=repeats)
+        yield from start_rows(paths[0], scratch / "model.pth", repeats=repeats)
 
 
 # ---- the original recipe ---------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def accuracy(model: nn.Module, features: Tensor, targets: Tensor) -> float:
 
 
 def train_original(cfg: Config) -> None:
-    """Train it on the training clips, choose the epoch by the validation clips, score it on the test clips."""
+    """Train it, let the validation clips choose the epoch, and score it on the test clips."""
     if (cfg.n_features, cfg.test_fraction > 0) != (120, True):
         raise UserError("--original needs n_mfcc = 40 and a test_fraction above 0")
     mfcc = MFCC(mfcc_constants(cfg), cfg.hop_length)
@@ -327,10 +327,9 @@ def main(cfg: Config, flags: argparse.Namespace) -> int:
     if flags.original:
         train_original(cfg)
         return 0
-    rows = measure_speed(cfg, flags.repeats)
     print(f"{'':52}{'seconds':>8}  {'ratio':>6}  baseline, seconds")
-    for what, seconds, baseline, theirs in rows:
-        print(f"{what:52}{seconds:8.3f}  {theirs / seconds:6.2f}  {baseline}, {theirs:.3f}")
+    for what, seconds, baseline, theirs in measure_speed(cfg, flags.repeats):
+        print(f"{what:52}{seconds:8.3f}  {theirs / seconds:6.2f}  {baseline}, {theirs:.3f}", flush=True)
     return 0
 
 
