@@ -5,6 +5,7 @@ features or the network are stored in the checkpoint, and inference.py takes the
 """
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -12,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,6 +252,8 @@ def _explain(argument: str, parser: argparse.ArgumentParser) -> str:
     """Say what is wrong with an argument that the parser does not know, with the likeliest right one."""
     name = argument.partition("=")[0].removeprefix("--")
     flags = [option.removeprefix("--") for option in parser._option_string_actions]
+    if name in RUNTIME_FIELDS:
+        return f"--{name} has no effect on this script"
     if name in Config.__dataclass_fields__:
         return f"--{name} is part of the checkpoint and cannot be changed after training"
     initials = {"".join(word[0] for word in flag.split("_")): flag for flag in flags if "_" in flag}
@@ -268,7 +272,8 @@ def printable(text: str) -> str:
 def note(message: str) -> None:
     """Print one line to stderr, since stdout is for results; under torchrun the first process speaks."""
     if os.environ.get("TORCHELASTIC_RUN_ID") is None or os.environ.get("RANK", "0") == "0":
-        print(printable(message), file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # whoever reads the messages may have left
+            print(printable(message), file=sys.stderr, flush=True)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -276,8 +281,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 def _interrupt(signum: int, _frame: object) -> NoReturn:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second signal ends the process at once
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    started = time.monotonic()
+
+    def again(signum: int, _frame: object) -> None:
+        if time.monotonic() - started > 1:  # sooner it is the same one: some tools signal a group twice
+            os._exit(128 + signum)
+
+    signal.signal(signal.SIGINT, again)
+    signal.signal(signal.SIGTERM, again)
     raise Interrupted if signum == signal.SIGTERM else KeyboardInterrupt
 
 

@@ -4,10 +4,10 @@ python inference.py                    the clips of the test folder -> submissio
 python inference.py a.wav clips/ ...   files, folders, patterns -> a CSV with probabilities on stdout
 """
 
-from config import DEMO, RUNTIME_FIELDS, Config, UserError, make_parser, note, parse, printable, run
+from config import RUNTIME_FIELDS, Config, UserError, make_parser, note, parse, printable, run
 
 if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imports
-    parser = make_parser(__doc__, RUNTIME_FIELDS)
+    parser = make_parser(__doc__, RUNTIME_FIELDS - {"run_dir", "cache_dir", "batch_size"})
     parser.add_argument("paths", nargs="*", help="files, folders or patterns; none: the test folder")
     parser.add_argument("--fill", default="", help="label for test clips that cannot be read; else an error")
     ARGS = parse(parser)
@@ -250,14 +250,14 @@ def compare_with_sample(sample: Path, submission: pd.DataFrame, labels: Sequence
 # ---- the script ------------------------------------------------------------------------------------------
 
 
-def find_model(cfg: Config) -> tuple[Checkpoint, EmotionEnsemble]:
+def find_model(cfg: Config, *, is_given: bool) -> tuple[Checkpoint, EmotionEnsemble]:
     """The user's own model; where there is none yet, and none is asked for, the one that comes with us.
 
     Raises:
         UserError: It cannot be used.
     """
     path = Path(cfg.checkpoint)
-    if not path.exists() and cfg.checkpoint == Config().checkpoint:
+    if not path.exists() and not is_given:
         path = PRETRAINED
     checkpoint, model = load_checkpoint(path)
     note(f"model: {path}, {checkpoint.summary}")
@@ -266,17 +266,19 @@ def find_model(cfg: Config) -> tuple[Checkpoint, EmotionEnsemble]:
 
 def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
     """Label a test folder for a submission, or the files named."""
-    if flags.paths and (flags.fill or cfg.submission not in {Config().submission, DEMO["submission"]}):
-        raise UserError("--submission and --fill are for the test folder: leave them out, or the files")
+    for name in ("submission", "test_dir", "fill"):
+        if flags.paths and getattr(flags, name, ""):
+            raise UserError(f"--{name} is for the test folder: leave it out, or the files")
     if flags.demo:
         make_demo(Path(cfg.data_dir))
     torch.set_num_threads(1)  # the cores belong to the workers; for one clip, threads start too slowly
-    checkpoint, model = find_model(cfg)
-    runtime = {name: getattr(cfg, name) for name in RUNTIME_FIELDS}
-    cfg = replace(checkpoint.config, **runtime)
+    checkpoint, model = find_model(cfg, is_given=flags.demo or hasattr(flags, "checkpoint"))
+    trained = replace(checkpoint.config, **{name: getattr(cfg, name) for name in RUNTIME_FIELDS})
+    if trained != cfg:
+        note("note: settings are those of the model, not of config.py")
     if flags.paths:
-        return print_table(expand_paths(flags.paths), model, checkpoint.labels, cfg)
-    return submit(model, checkpoint.labels, cfg, flags.fill)
+        return print_table(expand_paths(flags.paths), model, checkpoint.labels, trained)
+    return submit(model, checkpoint.labels, trained, flags.fill)
 
 
 if __name__ == "__main__":

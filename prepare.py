@@ -16,6 +16,7 @@ import itertools
 import math
 import multiprocessing
 import os
+import re
 import signal
 import sqlite3
 import stat
@@ -52,7 +53,7 @@ _CONVENTIONS = {  # how the common corpora name their files: groups are speaker 
     "CREMA-D": r"(?P<speaker>1\d{3})_[A-Z]{3}_(?P<code>ANG|DIS|FEA|HAP|NEU|SAD)_(?:LO|MD|HI|XX?)",
     "RAVDESS speech": r"03-01-(?P<code>\d\d)-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",
     "RAVDESS song": r"03-02-(?P<code>\d\d)-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",
-    "SAVEE": r"(?P<speaker>DC|JE|JK|KL)_(?P<code>sa|su|a|d|f|h|n)\d+",
+    "SAVEE": r"(?:(?P<speaker>DC|JE|JK|KL)_)?(?P<code>sa|su|a|d|f|h|n)\d\d",
     "EmoDB": r"(?P<speaker>\d\d)[ab]\d\d(?P<code>[AEFLNTW])[a-f]?",
     "TESS": r"(?P<speaker>OA|YA)F?_[a-z]+_(?P<code>angry|disgust|fear|happy|neutral|ps|sad)",
     "demo": r"(?P<code>[a-z]+)_speaker(?P<speaker>\d+)_\d+",
@@ -134,32 +135,33 @@ def parse_names(paths: Iterable[str]) -> pd.DataFrame:
     stems = pd.Series([Path(path).stem for path in paths], dtype=object)
     table = pd.DataFrame({"corpus": "other", "speaker": "", "code": ""}, index=stems.index, dtype=object)
     for corpus, convention in _CONVENTIONS.items():
-        found = stems.str.extract(f"^(?:{convention})\\Z").dropna()
+        found = stems.str.extract(f"^(?:{convention})\\Z").dropna(subset="code")
         table.loc[found.index, "corpus"] = corpus
-        table.loc[found.index, "speaker"] = corpus.split()[0] + " " + found.speaker
+        table.loc[found.index, "speaker"] = (corpus.split()[0] + " " + found.speaker).fillna("")
         table.loc[found.index, "code"] = found.code
     return table
 
 
+# Folders of speakers (of RAVDESS, TESS), of a whole corpus (CREMA-D), and of parts of a data set.
+_NO_EMOTION = re.compile(
+    r"(actor|speaker|spk)[ _-]?\d+|[oy]af?_.+|audiowav|train(ing)?|val(id(ation)?)?|dev", re.IGNORECASE
+)
+
+
 def _check_classes(clips: pd.DataFrame, root: Path) -> None:
     """Refuse folders that say who speaks, or which part a clip belongs to, and not what is felt."""
-    names = sorted(set(clips.emotion))
-    reason = ""
-    if {name.lower() for name in names} <= {"train", "training", "val", "valid", "validation", "dev"}:
-        reason = "these are parts of a data set"
+    odd = [name for name in sorted(set(clips.emotion)) if _NO_EMOTION.fullmatch(name)]
     known = clips[clips.code != ""]
-    if len(known) > len(clips) / 2:
-        of_folder = known.groupby(["emotion", "corpus"])
-        largest = of_folder.code.agg(lambda codes: codes.value_counts().iloc[0]).sum()
-        if largest < len(known) / 2:
-            reason = "the clips in a folder have several emotions, by their file names"
-        elif known.speaker.nunique() > 1 and known.groupby("emotion").speaker.nunique().max() == 1:
-            reason = "each folder holds one speaker, by the file names"
-    if reason:
-        raise UserError(
-            f"the folders in {root} are no emotions ({', '.join(names[:4])}{', ...' * (len(names) > 4)}): "
-            f"{reason}; put the clips into one folder per emotion"
-        )
+    if not odd and len(known) > len(clips) / 2:
+        codes = pd.crosstab([known.corpus, known.code], known.emotion)  # by file name, and by folder
+        in_one_folder = codes.max(axis=1).sum() / len(known)
+        of_one_code = codes.groupby(level="corpus").max().to_numpy().sum() / len(known)
+        one_speaker = known.speaker.nunique() > 1 == known.groupby("emotion").speaker.nunique().max()
+        if in_one_folder < 0.7 and (of_one_code < 0.7 or one_speaker):
+            odd = sorted(set(known.emotion))
+    if odd:
+        names = ", ".join(odd[:4]) + ", ..." * (len(odd) > 4)
+        raise UserError(f"in {root} not emotions but {names}: put the clips into one folder per emotion")
 
 
 def read_manifest(path: Path, root: Path) -> dict[str, str]:

@@ -465,7 +465,12 @@ def start_run(cfg: Config, data: str, *, resume: bool) -> str:
         UserError: There is nothing to resume, or it was another run.
     """
     about, mine = Path(cfg.run_dir, "run.json"), {"data": data, **asdict(cfg)}
-    earlier = json.loads(about.read_text()) if about.is_file() else None
+    earlier = None
+    if about.is_file():
+        try:
+            earlier = json.loads(about.read_text())
+        except ValueError:  # damaged
+            earlier = {"run": "damaged"}
     if not resume:
         if earlier:
             files = [file for pattern in RUN_FILES for file in sorted(about.parent.glob(pattern))]
@@ -486,11 +491,15 @@ def start_run(cfg: Config, data: str, *, resume: bool) -> str:
     return str(earlier["run"])
 
 
-def set_aside(files: Sequence[Path], folder: Path) -> None:
-    """Move files of an earlier run into a folder named after its date."""
+def set_aside(
+    files: Sequence[Path], folder: Path, *, by: Callable[[Path, Path], object] = shutil.move
+) -> None:
+    """Move files of an earlier run into a folder named after its date; nothing there is overwritten."""
+    while any((folder / file.name).exists() for file in files):
+        folder = folder.with_name(f"{folder.name}-")
     folder.mkdir(parents=True, exist_ok=True)
     for file in files:
-        shutil.move(file, folder / file.name)  # also to another file system
+        by(file, folder / file.name)  # shutil also reaches another file system
     note(f"note: {', '.join(file.name for file in files)} of an earlier run set aside in {folder}")
 
 
@@ -501,9 +510,6 @@ def collect(cfg: Config, clips: pd.DataFrame, mfcc: MFCC, run_id: str) -> Checkp
     states = [load_tensors(file) for file in files if file.is_file()]
     if not states:
         return None
-    history = pd.DataFrame([row for state in states for row in state["history"]])
-    save_table(run_dir / "history.csv", history)
-    save_figure(run_dir / "loss.png", lambda: plot_history(history, [s["kept"]["epoch"] for s in states]))
     labels = sorted(set(clips.emotion))
     train_clips = clips[clips.part == "train"]
     checkpoint = Checkpoint(
@@ -518,12 +524,15 @@ def collect(cfg: Config, clips: pd.DataFrame, mfcc: MFCC, run_id: str) -> Checkp
     )
     if path.is_file():
         try:
-            earlier = str(load_tensors(path).get("run", "earlier"))
+            earlier = Path(str(load_tensors(path).get("run"))).name
         except UserError:  # of another version, perhaps
             earlier = "earlier"
-        if earlier != run_id:
-            set_aside([path], run_dir / earlier)
+        if earlier != run_id:  # a copy, since the old one stays in place until the new one is whole
+            set_aside([path], run_dir / earlier, by=shutil.copy2)
     save_checkpoint(path, checkpoint)
+    history = pd.DataFrame([row for state in states for row in state["history"]])
+    save_table(run_dir / "history.csv", history)
+    save_figure(run_dir / "loss.png", lambda: plot_history(history, [s["kept"]["epoch"] for s in states]))
     return checkpoint
 
 
@@ -790,6 +799,8 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
         raise UserError(f"folds = {flags.folds}: must be 0 or at least 2")
     if flags.folds and cfg.checkpoint not in {Config().checkpoint, DEMO["checkpoint"]}:
         raise UserError("--folds keeps a checkpoint of each fold in run_dir: leave out --checkpoint")
+    if Path(cfg.checkpoint).is_dir():
+        raise UserError(f"checkpoint = {cfg.checkpoint!r}: is a folder, must be a file")
     with torchrun(cfg), contextlib.ExitStack() as stack:
         if rank() == 0:
             if flags.demo:

@@ -25,6 +25,7 @@ import numpy as np
 import pandas as pd
 import soundfile
 import torch
+from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 
 REPO = Path(__file__).resolve().parents[1]
@@ -36,13 +37,13 @@ from model import (
     Checkpoint,
     EmotionCNNGRU,
     EmotionEnsemble,
-    FeatureCache,
     resolve_dtype,
     save_checkpoint,
     split,
 )
 from prepare import (
     MFCC,
+    FeatureCache,
     FloatArray,
     extract,
     find_clips,
@@ -71,7 +72,7 @@ def race(*runners: Callable[[], object], repeats: int) -> list[float]:
             started = time.perf_counter()
             runner()
             times[turn, number] = time.perf_counter() - started
-    return np.median(times[1:], axis=0).tolist()  # type: ignore[no-any-return]
+    return list(np.median(times[1:], axis=0))
 
 
 # ---- baselines -------------------------------------------------------------------------------------------
@@ -210,14 +211,15 @@ def measure_speed(cfg: Config, repeats: int) -> Iterator[Row]:
     paths = found.path.tolist()
     labels = sorted(set(found.emotion))
     model = EmotionEnsemble(mfcc, [EmotionCNNGRU(cfg, len(labels)) for _ in range(cfg.ensemble)]).eval()
-    with tempfile.TemporaryDirectory() as folder:
+    # NumPy's threads slow librosa down more than they help, and on a busy machine many times over.
+    with tempfile.TemporaryDirectory() as folder, threadpool_limits(1, user_api="blas"):
         scratch = Path(folder)
         torch.set_num_threads(1)
-        yield from feature_rows(paths[:100], mfcc, cfg, scratch=scratch, repeats=repeats)
-        yield process_row(found[:1000], mfcc, cfg, scratch=scratch, repeats=repeats)
+        yield from feature_rows(paths[:50], mfcc, cfg, scratch=scratch, repeats=repeats)
+        yield process_row(found[:500], mfcc, cfg, scratch=scratch, repeats=repeats)
         yield training_row(load_corpus(cfg, mfcc), mfcc, cfg, scratch=scratch, repeats=repeats)
         torch.set_num_threads(threads)
-        yield label_row(paths[:200], model, cfg, repeats=repeats)
+        yield label_row(paths[:100], model, cfg, repeats=repeats)
         save_checkpoint(
             scratch / "model.pth",
             Checkpoint(

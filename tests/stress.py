@@ -397,17 +397,17 @@ def fuzz(n_files: int, seed: int) -> None:
                 path.write_bytes(mutate(content, other, rng)[: 1 << 20])
                 names[str(path)] = name
             verdicts = dict(zip(names, map_files(work, list(names), cfg), strict=True))
-            for path in [path for path, verdict in verdicts.items() if isinstance(verdict, AudioError)]:
-                (alone,) = map_files(work, [path], cfg)  # of the files that were read with it, which was it?
-                verdicts[path] = Verdict("crashed or hung") if isinstance(alone, AudioError) else alone
-            rows += [(names[path], verdict) for path, verdict in verdicts.items()]
-            for path, verdict in verdicts.items():
+            for name, verdict in verdicts.items():
+                if isinstance(verdict, AudioError):  # of the files that were read with it, which was it?
+                    (alone,) = map_files(work, [name], cfg)
+                    verdicts[name] = Verdict("crashed or hung") if isinstance(alone, AudioError) else alone
+            rows += [(names[name], verdict) for name, verdict in verdicts.items()]
+            for name, verdict in verdicts.items():
                 if verdict.kind not in KINDS[:3]:
-                    kept.append(
-                        shutil.copy(path, Path(tempfile.gettempdir(), f"stress-{seed}-{Path(path).name}"))
-                    )
+                    kept.append(f"{tempfile.gettempdir()}/stress-{seed}-{Path(name).name}")
+                    shutil.copy(name, kept[-1])
                     note(f"{kept[-1]}: {verdict.kind}: {verdict.text}")
-                Path(path).unlink()
+                Path(name).unlink()
     print_verdicts(rows)
     if kept:
         raise UserError(f"{len(kept)} of {n_files} files did what none must", code=1)

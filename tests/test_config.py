@@ -222,7 +222,7 @@ def test_help_and_bad_flags_are_answered_before_slow_imports(script: str, tmp_pa
     answer = run_script(script, "--help", cwd=tmp_path, env=env)
     assert (answer.returncode, answer.stderr) == (0, "")
     shown = " ".join(answer.stdout.split())
-    assert f"--batch_size INT clips per step [{Config().batch_size}]" in shown
+    assert f"none but this one [{Config().num_workers}]" in shown
     assert ("--dropout FLOAT probability" in shown) == (script != "inference.py")
     answer = run_script(script, "--help_me", cwd=tmp_path, env=env)
     assert (answer.returncode, answer.stdout, answer.stderr.count("\n")) == (2, "", 1)
@@ -333,8 +333,15 @@ def test_signal_lets_the_run_tidy_up(name: str, code: int) -> None:
 
 
 def test_second_signal_ends_at_once() -> None:
-    body = f"try: {WAIT.format('SIGINT')}\n    finally: {WAIT.format('SIGTERM')}"
-    assert run_main(body) == (-signal.SIGTERM, "", "")
+    body = f"try: {WAIT.format('SIGINT')}\n    finally: time.sleep(1.1); {WAIT.format('SIGTERM')}"
+    assert run_main(body) == (143, "", "")
+
+
+def test_signal_that_comes_twice_is_one() -> None:
+    """As from tools that signal a process and its group."""
+    send = "os.kill(os.getpid(), signal.SIGTERM)"
+    body = f"try: {send}; time.sleep(5)\n    finally: {send}; time.sleep(0.1); print('saved')"
+    assert run_main(body) == (143, "saved\n", "interrupted\n")
 
 
 def test_background_job_ignores_ctrl_c() -> None:
