@@ -259,15 +259,18 @@ class Recording:
 
     def _windows(self, file: soundfile.SoundFile) -> Iterator[FloatArray]:
         size, rate = self.cfg.n_samples, self.cfg.sample_rate
-        window = rest = np.empty(0, np.float32)  # the latest full window, and the samples after it
+        window = np.empty(0, np.float32)  # the latest full one
+        blocks = [window]  # samples after it
         n_windows = 0
         for block in self._blocks(file):
-            rest = np.concatenate([rest, block])
-            while len(rest) >= size:
-                window, rest = rest[:size], rest[size:]
+            blocks.append(block)
+            while sum(map(len, blocks)) >= size:
+                rest = np.concatenate(blocks)
+                window, blocks = rest[:size], [rest[size:]]
                 n_windows += 1
                 self.seconds = n_windows * size / rate
                 yield window
+        rest = np.concatenate(blocks)
         if n_windows == len(rest) == 0:
             raise AudioError("holds no samples")
         if n_windows == 0 or len(rest) >= MIN_REMAINDER * rate:
@@ -296,10 +299,11 @@ class Recording:
                 self._broken = f"truncated: {n_read / rate:,.2f} of {promised / rate:,.2f} s"
             with np.errstate(over="ignore", invalid="ignore"):  # 1e38 overflows to what is refused here
                 wave = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
-            if not np.isfinite(wave).all():
-                raise AudioError("holds NaN or infinite samples")
-            self._low = min(self._low, wave.min(initial=math.inf))
-            self._high = max(self._high, wave.max(initial=-math.inf))
+            if len(wave):
+                low, high = float(wave.min()), float(wave.max())  # NaN if one sample is
+                if not (math.isfinite(low) and math.isfinite(high)):
+                    raise AudioError("holds NaN or infinite samples")
+                self._low, self._high = min(self._low, low), max(self._high, high)
             yield wave if rate == self.cfg.sample_rate else resampler.resample_chunk(wave, last=is_last)
 
 
@@ -556,11 +560,15 @@ class FeatureCache:
     def read(self, ids: Iterable[int]) -> FloatArray:
         """Windows by id: (B, n_features, n_frames) float32."""
         query = "SELECT features FROM windows WHERE id = ?"
+        numbers = list(ids)
+        out = np.empty((len(numbers), *self.shape), np.float32)
         try:
-            blobs = [self.database.execute(query, (int(number),)).fetchone()[0] for number in ids]
+            for row, number in zip(out, numbers, strict=True):
+                (blob,) = self.database.execute(query, (int(number),)).fetchone()
+                row[...] = np.frombuffer(blob, np.float32).reshape(self.shape)
         except (sqlite3.Error, TypeError) as error:  # TypeError: no such row, since somebody deleted it
             raise self.fault(error) from None
-        return np.frombuffer(b"".join(blobs), np.float32).reshape(-1, *self.shape).copy()
+        return out
 
 
 def load_features(clips: pd.DataFrame, cfg: Config, mfcc: MFCC) -> tuple[pd.DataFrame, dict[str, str]]:
