@@ -143,6 +143,11 @@ class Config:
 RUNTIME_FIELDS = frozenset(
     "data_dir test_dir cache_dir run_dir checkpoint submission batch_size device num_workers".split()
 )
+# What shapes features and network: inference takes it from the checkpoint, whatever config.py says.
+MODEL_FIELDS = frozenset(
+    "sample_rate duration n_mfcc n_fft hop_length n_mels "
+    "ensemble conv_channels conv_blocks conv_kernel gru_hidden gru_layers".split()
+)
 # Where a demo reads and writes: beside everything real, so that it can neither replace nor shadow it.
 DEMO = {
     "data_dir": "data/demo",

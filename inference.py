@@ -4,7 +4,7 @@ python inference.py                    the clips of the test folder -> submissio
 python inference.py a.wav clips/ ...   files, folders, patterns -> a CSV with probabilities on stdout
 """
 
-from config import RUNTIME_FIELDS, Config, UserError, make_parser, note, parse, printable, run
+from config import MODEL_FIELDS, RUNTIME_FIELDS, Config, UserError, make_parser, note, parse, printable, run
 
 if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imports
     parser = make_parser(__doc__, RUNTIME_FIELDS - {"run_dir", "cache_dir", "batch_size"})
@@ -274,7 +274,7 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
     torch.set_num_threads(1)  # the cores belong to the workers; for one clip, threads start too slowly
     checkpoint, model = find_model(cfg, is_given=flags.demo or hasattr(flags, "checkpoint"))
     trained = replace(checkpoint.config, **{name: getattr(cfg, name) for name in RUNTIME_FIELDS})
-    if trained != cfg:
+    if any(getattr(trained, name) != getattr(cfg, name) for name in MODEL_FIELDS):
         note("note: settings are those of the model, not of config.py")
     if flags.paths:
         return print_table(expand_paths(flags.paths), model, checkpoint.labels, trained)

@@ -21,13 +21,14 @@ import dataclasses
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from config import Config
 
@@ -182,6 +183,15 @@ def flags(cfg: Config, only: Sequence[str] | None = None) -> list[str]:
         for field in dataclasses.fields(Config)
         if getattr(cfg, field.name) != field.default and (only is None or field.name in only)
     ]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small networks are faster with one, on a busy machine tenfold; inference.py sets it for good."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import unicodedata
 from argparse import Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +28,6 @@ from tests.conftest import RATE, TINY, flags, make_corpus, run_script, script_co
 LABELS = ["Angry", "Sad", "Suprised"]  # the last one spelled as on Kaggle
 PITCH = {"Angry": 200, "Suprised": 400, "Sad": 800}  # of make_corpus, where Suprised is Happy
 TEST = Path("data/dataset/Test")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def threads() -> Iterator[None]:
-    """The script takes one; whoever comes next gets them back."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @pytest.fixture(scope="module")

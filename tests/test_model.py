@@ -3,7 +3,7 @@
 import itertools
 import os
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -39,15 +39,6 @@ from tests.conftest import TINY, tiny_config
 
 TINY_CFG = Config(**TINY)
 LABELS = ["Angry", "Sad", "Suprised"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small networks are faster with it."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 @cache

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,15 +38,6 @@ from tests.conftest import (
     tiny_config,
 )
 from train import Row, bootstrap, calibration_error, class_weights, describe_scores, fit, make_average, score
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Small networks are faster with it, on a busy machine tenfold."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(n_threads)
 
 
 def same(one: Any, other: Any) -> bool:
