@@ -47,7 +47,8 @@ class Config:
     n_mels: int = 128  # mel bands under the cepstrum
 
     # ---- network ----------------------------------------------------------------------------------------
-    ensemble: int = 4  # networks, each trained from its own seed; their probabilities are averaged
+    ensemble: int = 8  # networks, each trained from its own seed; their probabilities are averaged
+    cmn: str = "alternate"  # cepstral mean normalisation: in none, all, or every second network (alternate)
     conv_channels: int = 128  # channels of the first convolution; each further block has half as many more
     conv_blocks: int = 3  # convolution blocks; each halves the number of frames
     conv_kernel: int = 5  # frames under a convolution kernel
@@ -176,6 +177,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "val_fraction lr_factor": (lambda v: 0 < v < 1, "above 0 and below 1"),
     "learning_rate duration": (lambda v: 0 < v < float("inf"), "above 0"),
     "weight_decay shift": (lambda v: 0 <= v < float("inf"), "at least 0"),
+    "cmn": (lambda v: v in {"none", "all", "alternate"}, "none, all or alternate"),
     "split": (lambda v: v in {"random", "speaker"}, "random or speaker"),
     "precision": (lambda v: v in {"auto", "float32", "bfloat16"}, "auto, float32 or bfloat16"),
     "device": (

@@ -20,7 +20,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,9 +29,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from model import Checkpoint, EmotionEnsemble, load_checkpoint, resolve_device, save_file
+from model import (
+    EmotionEnsemble,
+    calibrate,
+    load_checkpoint,
+    mean_over_windows,
+    resolve_device,
+    save_file,
+)
 from prepare import (
     AudioError,
     FloatArray,
@@ -52,7 +60,7 @@ BLOCK = 64  # windows that go through the networks at once
 class Prediction(NamedTuple):
     """What the model makes of one file."""
 
-    probabilities: FloatArray  # (C,), the mean over its windows
+    probabilities: FloatArray  # (C,), the mean over its windows, calibrated
     seconds: float  # of audio in it
     warning: str  # what is odd about it
 
@@ -84,20 +92,24 @@ def _predict_chunk(
             except AudioError as error:
                 failures[number] = error
 
-    total: list[Any] = [0.0] * len(paths)
-    count = [0] * len(paths)
+    owner: list[int] = []
+    of_windows: list[Tensor] = []
     stream = windows()
     while block := list(itertools.islice(stream, BLOCK)):
+        owner += [number for number, _ in block]
         waves = torch.from_numpy(np.stack([window for _, window in block])).to(device)
-        for (number, _), probabilities in zip(block, model(model.mfcc(waves)).cpu().numpy(), strict=True):
-            total[number] = total[number] + probabilities
-            count[number] += 1
+        of_windows.append(model(model.mfcc(waves)).cpu())
+    if not owner:
+        return list(failures.values())
+    of_clips = mean_over_windows(torch.cat(of_windows), torch.tensor(owner), len(paths))
     results: list[Prediction | AudioError] = []
-    for number, recording in enumerate(recordings):
-        mean = total[number] / max(count[number], 1)
-        if not np.isfinite(mean).all():  # or the label would be the first class
+    for number, (recording, row) in enumerate(
+        zip(recordings, calibrate(of_clips, model.temperature), strict=True)
+    ):
+        if not row.isfinite().all():  # or the label would be the first class
             failures.setdefault(number, AudioError("its probabilities are not finite"))
-        results.append(failures.get(number) or Prediction(mean, recording.seconds, recording.warning))
+        prediction = Prediction(row.numpy(), recording.seconds, recording.warning)
+        results.append(failures.get(number, prediction))
     return results
 
 
@@ -154,6 +166,15 @@ def expand_paths(arguments: Sequence[str]) -> list[Path]:
 # ---- results ---------------------------------------------------------------------------------------------
 
 
+def report_odd(results: Mapping[str, Prediction | AudioError]) -> int:
+    """Name the files that are odd or cannot be read, and count the latter."""
+    failures = {path: str(result) for path, result in results.items() if isinstance(result, AudioError)}
+    warnings = {path: getattr(result, "warning", "") for path, result in results.items()}
+    report_files({path: warning for path, warning in warnings.items() if warning}, "warning:")
+    report_files(failures, "skipped", most=len(failures))
+    return len(failures)
+
+
 def print_table(paths: Sequence[Path], model: EmotionEnsemble, labels: Sequence[str], cfg: Config) -> int:
     """Print a CSV row with probabilities for each file; return 1 if one could not be read, else 0."""
     shown = printable if sys.stdout.isatty() else str  # a name must not steer a terminal
@@ -161,20 +182,15 @@ def print_table(paths: Sequence[Path], model: EmotionEnsemble, labels: Sequence[
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow(["filename", "emotion", "confidence", "seconds", *map(shown, labels)])
-    failures: dict[str, str] = {}
-    warnings: dict[str, str] = {}
+    results: dict[str, Prediction | AudioError] = {}
     for path, result in predict(list(map(str, paths)), model, cfg):
+        results[path] = result
         if isinstance(result, AudioError):
-            failures[path] = str(result)
             continue
-        if result.warning:
-            warnings[path] = result.warning
         best = int(result.probabilities.argmax())
         numbers = [f"{value:.4f}" for value in result.probabilities]
         writer.writerow([shown(path), shown(labels[best]), numbers[best], f"{result.seconds:.2f}", *numbers])
-    report_files(warnings, "warning:")
-    report_files(failures, "skipped", most=len(failures))
-    return 1 if failures else 0
+    return 1 if report_odd(results) else 0
 
 
 def submit(model: EmotionEnsemble, labels: Sequence[str], cfg: Config, fill: str) -> int:
@@ -189,30 +205,22 @@ def submit(model: EmotionEnsemble, labels: Sequence[str], cfg: Config, fill: str
     if fill and fill not in labels:
         raise UserError(f"fill = {fill!r}: must be one of {', '.join(labels)}")
     paths = find_test_clips(cfg.test_root)
-    rows: list[tuple[str, str]] = []
-    failures: dict[str, str] = {}
-    warnings: dict[str, str] = {}
-    results = predict(list(map(str, paths)), model, cfg)
-    for path, result in tqdm(results, "clips", len(paths), disable=None):
-        if isinstance(result, AudioError):
-            failures[path] = str(result)
-            rows.append((Path(path).name, fill))
-            continue
-        if result.warning:
-            warnings[path] = result.warning
-        rows.append((Path(path).name, labels[int(result.probabilities.argmax())]))
-    report_files(warnings, "warning:")
-    report_files(failures, "skipped", most=len(failures))
-    if failures and not fill:
+    results = dict(tqdm(predict(list(map(str, paths)), model, cfg), "clips", len(paths), disable=None))
+    rows = [
+        (Path(path).name, fill if isinstance(result, AudioError) else labels[result.probabilities.argmax()])
+        for path, result in results.items()
+    ]
+    n_failures = report_odd(results)
+    if n_failures and not fill:
         raise UserError(
-            f"{target} not written: {len(failures)} of {len(paths)} clips have no label: "
+            f"{target} not written: {n_failures} of {len(paths)} clips have no label: "
             "repair or remove them, or pass --fill LABEL",
             code=1,
         )
     submission = pd.DataFrame(rows, columns=["filename", "emotion"])
     save_file(target, submission.to_csv(index=False, lineterminator="\n").encode())
-    if failures:
-        note(f"warning: {len(failures)} of {len(rows)} rows are no predictions but filled with {fill}")
+    if n_failures:
+        note(f"warning: {n_failures} of {len(rows)} rows are no predictions but filled with {fill}")
     sample = find_sample(cfg)
     differences = compare_with_sample(sample, submission, labels) if sample else []
     for difference in differences:
@@ -250,20 +258,6 @@ def compare_with_sample(sample: Path, submission: pd.DataFrame, labels: Sequence
 # ---- the script ------------------------------------------------------------------------------------------
 
 
-def find_model(cfg: Config, *, is_given: bool) -> tuple[Checkpoint, EmotionEnsemble]:
-    """The user's own model; where there is none yet, and none is asked for, the one that comes with us.
-
-    Raises:
-        UserError: It cannot be used.
-    """
-    path = Path(cfg.checkpoint)
-    if not path.exists() and not is_given:
-        path = PRETRAINED
-    checkpoint, model = load_checkpoint(path)
-    note(f"model: {path}, {checkpoint.summary}")
-    return checkpoint, model
-
-
 def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
     """Label a test folder for a submission, or the files named."""
     for name in ("submission", "test_dir", "fill"):
@@ -272,7 +266,11 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
     if flags.demo:
         make_demo(Path(cfg.data_dir))
     torch.set_num_threads(1)  # the cores belong to the workers; for one clip, threads start too slowly
-    checkpoint, model = find_model(cfg, is_given=flags.demo or hasattr(flags, "checkpoint"))
+    path = Path(cfg.checkpoint)
+    if not (path.exists() or flags.demo or hasattr(flags, "checkpoint")):  # none yet, and none asked for
+        path = PRETRAINED
+    checkpoint, model = load_checkpoint(path)
+    note(f"model: {path}, {checkpoint.summary}")
     trained = replace(checkpoint.config, **{name: getattr(cfg, name) for name in RUNTIME_FIELDS})
     if any(getattr(trained, name) != getattr(cfg, name) for name in MODEL_FIELDS):
         note("note: settings are those of the model, not of config.py")

@@ -26,20 +26,17 @@ from prepare import MFCC, FeatureCache, check_csv_name
 # ---- split and dataset -----------------------------------------------------------------------------------
 
 
-def split(clips: pd.DataFrame, cfg: Config, *, fold: int = 0, n_folds: int = 0) -> "pd.Series[str]":
-    """Assign each clip to train, val or test, at random: all that is fitted is fitted to train.
+def split(
+    clips: pd.DataFrame, cfg: Config, *, member: int = 1, fold: int = 0, n_folds: int = 0
+) -> "pd.Series[str]":
+    """The part of each clip, train, val or test, drawn at random: all that is fitted is fitted to train.
+
+    The networks of an ensemble have the same test part, but each validates on clips of its own: so together
+    they train on all the others.
 
     By clip, each class of each corpus is divided alike; by speaker, the speakers of each corpus are, and a
     corpus of fewer than three stays in training as a whole. Clips with the same audio are never divided.
-
-    Args:
-        clips: The table of load_corpus.
-        cfg: Gives split, fractions and seed; equal seeds and clips give equal parts.
-        fold: With folds, which of them is the test part.
-        n_folds: How many there are; together their test parts hold every clip once.
-
-    Returns:
-        The part of each row.
+    The test parts of all folds together hold every clip once. Equal seeds and clips give equal parts.
 
     Raises:
         UserError: Parts would be too small, or a speaker is not known.
@@ -63,7 +60,8 @@ def split(clips: pd.DataFrame, cfg: Config, *, fold: int = 0, n_folds: int = 0) 
     else:
         test = _draw(groups, cfg.test_fraction, cfg.seed)
     rest = groups.drop(test)
-    val = _draw(rest, cfg.val_fraction * (1 if n_folds else len(groups) / max(len(rest), 1)), cfg.seed)
+    fraction = cfg.val_fraction * (1 if n_folds else len(groups) / max(len(rest), 1))
+    val = _draw(rest, fraction, member_seed(cfg, member))
     part = pd.Series("train", index=groups.index)
     part[test], part[val] = "test", "val"
     parts = units.unit.map(part)
@@ -87,15 +85,18 @@ def _split_units(clips: pd.DataFrame, cfg: Config) -> pd.DataFrame:
     return pd.DataFrame({"unit": speaker, "stratum": corpus.groupby(speaker).transform("first")})
 
 
+def member_seed(cfg: Config, member: int) -> int:
+    """The seed of a network of the ensemble, which are counted from 1."""
+    return cfg.seed * 1000 + member
+
+
 def _draw(groups: "pd.Series[str]", fraction: float, seed: int) -> "pd.Index[str]":
     """Draw a fraction of each stratum, at least one of three or more, none of fewer."""
-    from sklearn.model_selection import train_test_split  # noqa: PLC0415
-
     drawn: list[str] = []
     for _, stratum in groups.groupby(groups):
         if fraction and len(stratum) > 2:
             size = min(max(1, round(fraction * len(stratum))), len(stratum) - 1)
-            drawn += train_test_split(stratum.index.to_numpy(), test_size=size, random_state=seed)[1].tolist()
+            drawn += stratum.sample(size, random_state=seed % 2**32).index.tolist()
     return pd.Index(drawn, dtype=object)
 
 
@@ -125,7 +126,7 @@ Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 class EmotionDataset(Dataset[Batch]):
-    """Clips whose features lie in the cache; it makes whole batches, so a DataLoader must not collate.
+    """Clips whose features lie in the cache; indexed with a list of clips, since it makes whole batches.
 
     For training a clip gives one of its windows, drawn anew each time; for evaluation it gives them all.
     """
@@ -133,7 +134,6 @@ class EmotionDataset(Dataset[Batch]):
     def __init__(
         self, clips: pd.DataFrame, labels: Sequence[str], cache: FeatureCache, *, one_window: bool
     ) -> None:
-        """Take a table of clips (first_window, n_windows, emotion) and the class names in their order."""
         self.first_window = clips.first_window.to_numpy(np.int64)
         self.n_windows = clips.n_windows.to_numpy(np.int64)
         self.targets = np.array([labels.index(emotion) for emotion in clips["emotion"]], np.int64)
@@ -142,7 +142,7 @@ class EmotionDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getitems__(self, items: Sequence[int]) -> Batch:
+    def __getitem__(self, items: Sequence[int]) -> Batch:
         """The batch of these clips."""
         first, windows = self.first_window[items], self.n_windows[items]
         if self.one_window:
@@ -150,15 +150,9 @@ class EmotionDataset(Dataset[Batch]):
             owner = np.arange(len(items))
         else:
             owner = np.repeat(np.arange(len(items)), windows)
-            ids = np.concatenate(
-                [np.arange(start, start + n) for start, n in zip(first, windows, strict=True)]
-            )
+            ids = np.concatenate(list(map(np.arange, first, first + windows)))
         features = torch.from_numpy(self.cache.read(ids))
         return features, torch.from_numpy(owner), torch.from_numpy(self.targets[items])
-
-    def __getitem__(self, item: int) -> Batch:
-        """The batch of one clip."""
-        return self.__getitems__([item])
 
 
 # ---- augmentation ----------------------------------------------------------------------------------------
@@ -172,26 +166,22 @@ class Augment(nn.Module):
     matrix on the cepstrum (Pitz & Ney 2005, IEEE Trans. Speech and Audio Processing 13:930).
     """
 
-    warps: Tensor
-    silence: Tensor
-
     def __init__(self, mfcc: MFCC, cfg: Config) -> None:
-        """Prepare 41 warps from 1 / (1 + vtlp) to 1 + vtlp."""
         super().__init__()
         import librosa  # noqa: PLC0415
 
         self.mfcc, self.tempo = mfcc, cfg.tempo
         self.shift = cfg.shift * cfg.sample_rate / cfg.hop_length  # frames
         # A spectrum that is the same in all bands has but the first coefficient.
-        self.register_buffer("silence", (mfcc.dct @ torch.ones(cfg.n_mels)))
+        self.silence = nn.Buffer(mfcc.dct @ torch.ones(cfg.n_mels))
         mels = np.linspace(0, librosa.hz_to_mel(cfg.sample_rate / 2), cfg.n_mels + 2)[1:-1]  # of the bands
         bands, dct = np.arange(cfg.n_mels), mfcc.dct.double().numpy()
         warps = []
-        for power in np.linspace(-1, 1, 41):
+        for power in np.linspace(-1, 1, 41):  # voices from 1 / (1 + vtlp) to 1 + vtlp
             hertz = librosa.mel_to_hz(mels) * (1 + cfg.vtlp) ** power
             place = np.interp(librosa.hz_to_mel(hertz), mels, bands)
             warps.append(dct @ np.maximum(0, 1 - np.abs(place[:, None] - bands)) @ dct.T)
-        self.register_buffer("warps", torch.from_numpy(np.stack(warps).astype(np.float32)))
+        self.warps = nn.Buffer(torch.from_numpy(np.stack(warps).astype(np.float32)))
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, 3 * n_mfcc, T) float32, any device -> the same shape, each clip changed otherwise.
@@ -226,17 +216,17 @@ class EmotionCNNGRU(nn.Module):
     maximum sum its states up.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, cfg: Config, n_classes: int) -> None:
-        """Build the layers; sizes as in Config."""
         super().__init__()
         # Part of the network, so that nobody can forget to normalise: mean of each row of features, and one
         # std for all of them. With a std of its own the noise in the deltas of high coefficients would weigh
         # as much as the loudness contour, which costs accuracy (assets/experiments.md).
-        self.register_buffer("mean", torch.zeros(cfg.n_features, 1))
-        self.register_buffer("std", torch.ones(()))
+        self.mean = nn.Buffer(torch.zeros(cfg.n_features, 1))
+        self.std = nn.Buffer(torch.ones(()))
+        # 1 for the rows of which each window's own mean is taken away: cepstral mean normalisation (CMN; Atal
+        # 1974, J. Acoust. Soc. Am. 55:1304). It hides voice and microphone, so that networks with and without
+        # it err differently, most of all on new speakers.
+        self.cmn = nn.Buffer(torch.zeros(cfg.n_features, 1))
         widths = [cfg.n_features, *(cfg.conv_channels * (2 + block) // 2 for block in range(cfg.conv_blocks))]
         # Over time alone, but as images of one line: PyTorch has faster kernels for these.
         self.conv = nn.Sequential(
@@ -272,8 +262,10 @@ class EmotionCNNGRU(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, F, T) float32, as MFCC gives them -> logits (B, C) float32."""
-        x = ((features - self.mean) / self.std)[:, :, None]  # (B, F, 1, T)
-        x = self.conv(x.to(memory_format=torch.channels_last))[:, :, 0]  # (B, channels, T / 2 ** conv_blocks)
+        x = (features - self.mean) / self.std  # (B, F, T)
+        x = x - self.cmn * x.mean(dim=2, keepdim=True)
+        x = x[:, :, None].to(memory_format=torch.channels_last)  # (B, F, 1, T)
+        x = self.conv(x)[:, :, 0]  # (B, channels, T / 2 ** conv_blocks)
         states = self.gru(x.transpose(1, 2))[0].float()  # (B, T', 2 * gru_hidden)
         weights = self.attention(states).float().softmax(dim=1)  # (B, T', 1)
         mean = (weights * states).sum(dim=1)
@@ -290,14 +282,21 @@ class EmotionEnsemble(nn.Module):
     and Machine Intelligence 12:993).
     """
 
-    def __init__(self, mfcc: MFCC, members: Sequence[nn.Module]) -> None:
-        """Put them together."""
+    def __init__(self, mfcc: MFCC, members: Sequence[nn.Module], temperature: float = 1.0) -> None:
         super().__init__()
-        self.mfcc, self.members = mfcc, nn.ModuleList(members)
+        self.mfcc, self.members, self.temperature = mfcc, nn.ModuleList(members), temperature
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (B, F, T) -> probabilities (B, C) float32."""
+        """Features (B, F, T) of windows -> probabilities (B, C) float32, not calibrated."""
         return torch.stack([member(features).softmax(dim=1) for member in self.members]).mean(dim=0)
+
+
+def calibrate(probabilities: Tensor, temperature: float) -> Tensor:
+    """Temperature scaling (Guo et al. 2017, arXiv:1706.04599) of probabilities (N, C), for honest confidence.
+
+    Above 1 they come closer to each other; their order, and so the label, stays.
+    """
+    return (probabilities.clamp(min=1e-12).log() / temperature).softmax(dim=1)
 
 
 def mean_over_windows(probabilities: Tensor, owner: Tensor, n_clips: int) -> Tensor:
@@ -336,31 +335,14 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
-def is_torchrun() -> bool:
-    """Whether torchrun started this process."""
-    return distributed.is_initialized()
-
-
 def rank() -> int:
     """Number of this process; the first one, 0, writes and prints."""
-    return distributed.get_rank() if is_torchrun() else 0
-
-
-def own_device(cfg: Config) -> torch.device:
-    """The device of this process; under torchrun each has a GPU of its own.
-
-    Raises:
-        UserError: The machine has no such device, or fewer than processes.
-    """
-    device = resolve_device(cfg.device)
-    if is_torchrun() and device.type == "cuda":
-        return resolve_device(f"cuda:{os.environ['LOCAL_RANK']}")
-    return device
+    return distributed.get_rank() if distributed.is_initialized() else 0
 
 
 def broadcast(values: list[Any]) -> list[Any]:
     """The values of the first process of torchrun, so that all come to the same decisions."""
-    if is_torchrun():
+    if distributed.is_initialized():
         distributed.broadcast_object_list(values, 0)
     return values
 
@@ -372,7 +354,7 @@ def torchrun(cfg: Config) -> Iterator[None]:
         yield
         return
     on_gpu = resolve_device(cfg.device).type == "cuda"
-    if on_gpu:
+    if on_gpu:  # each process has one of its own, which "cuda" means from here on
         torch.cuda.set_device(resolve_device(f"cuda:{os.environ['LOCAL_RANK']}"))
     distributed.init_process_group("nccl" if on_gpu else "gloo")
     try:
@@ -384,7 +366,7 @@ def torchrun(cfg: Config) -> Iterator[None]:
 
 # ---- checkpoint ------------------------------------------------------------------------------------------
 
-VERSION = 3  # of the file's layout
+VERSION = 4  # of the file's layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -396,6 +378,7 @@ class Checkpoint:
     mfcc: dict[str, Tensor]  # constants of the features
     members: list[dict[str, Tensor]]  # state of each network, mean and std of the features included
     epochs: list[int]  # the epoch that each network is of
+    temperature: float  # of calibrate()
     n_clips: dict[str, int]  # training clips of each class
     versions: dict[str, str]  # of Python and the libraries
     run: str  # names the run that made it
@@ -433,13 +416,9 @@ def save_file(path: Path, content: bytes) -> None:
 
 
 def save_tensors(path: Path, content: Mapping[str, Any]) -> None:
-    """Write plain types and tensors with torch.save, in one step.
-
-    Raises:
-        OSError: As save_file.
-    """
+    """Write plain types and tensors with torch.save, as save_file does."""
     buffer = io.BytesIO()  # in a file, torch.save turns a full disk into a RuntimeError
-    torch.save(dict(content), buffer)
+    torch.save({"version": VERSION, **content}, buffer)
     save_file(path, buffer.getvalue())
 
 
@@ -458,7 +437,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
             damaged = archive.testzip()
         with warnings.catch_warnings(action="ignore"):  # torch's, about types that we do not write
             content = torch.load(path, map_location="cpu", weights_only=True)
-        if isinstance(content, dict) and content.get("version") == VERSION and not damaged:
+        if isinstance(content, dict) and content.pop("version", 0) == VERSION and not damaged:
             return content
         reason = f"{damaged} has changed" if damaged else f"not a checkpoint of layout {VERSION}"
     except Exception as error:  # whatever a broken or hostile file provokes
@@ -467,12 +446,8 @@ def load_tensors(path: Path) -> dict[str, Any]:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a trained model.
-
-    Raises:
-        OSError: It cannot be written; the old file is as it was.
-    """
-    save_tensors(path, {"version": VERSION, **dataclasses.asdict(checkpoint)})
+    """Write a trained model, as save_file does."""
+    save_tensors(path, dataclasses.asdict(checkpoint))
 
 
 def load_checkpoint(path: Path) -> tuple[Checkpoint, EmotionEnsemble]:
@@ -482,7 +457,6 @@ def load_checkpoint(path: Path) -> tuple[Checkpoint, EmotionEnsemble]:
         UserError: The file is missing, damaged, or not a trained model.
     """
     content = load_tensors(path)
-    content.pop("version")
     try:
         checkpoint = Checkpoint(**{**content, "config": Config.from_dict(content["config"])})
         for label in checkpoint.labels:
@@ -504,4 +478,4 @@ def build_ensemble(checkpoint: Checkpoint) -> EmotionEnsemble:
         member = EmotionCNNGRU(checkpoint.config, len(checkpoint.labels))
         member.load_state_dict(weights)  # strict, and float32 whatever the file holds
         members.append(member)
-    return EmotionEnsemble(mfcc, members).eval()
+    return EmotionEnsemble(mfcc, members, checkpoint.temperature).eval()

@@ -92,12 +92,11 @@ def find_clips(cfg: Config) -> pd.DataFrame:
             f"no data folder {root}: give --data_dir a folder of clips per emotion, or try --demo"
         )
     folders = [path for path in sorted(root.iterdir()) if path.is_dir() and _is_class(path, cfg)]
-    clips = pd.DataFrame(
-        [(str(path), folder.name) for folder in folders for path in find_audio(folder)],
-        columns=["path", "emotion"],
-        dtype=object,
-    )
-    if not len(clips):
+    rows = [(str(path), folder.name) for folder in folders for path in find_audio(folder)]
+    # By file name: the same clips in other folders come in the same order, and so in the same parts.
+    rows.sort(key=lambda row: (Path(row[0]).name, row))
+    clips = pd.DataFrame(rows, columns=["path", "emotion"], dtype=object)
+    if not rows:
         raise UserError(
             f"no clips in {root}: expected one folder per emotion with {' '.join(sorted(AUDIO_SUFFIXES))}"
         )
@@ -109,16 +108,11 @@ def find_clips(cfg: Config) -> pd.DataFrame:
     for folder in folders:
         if folder.name not in set(clips.emotion):
             note(f"note: class folder {folder} has no clips: left out")
-    # By file name: the same clips in other folders come in the same order, and so in the same parts.
-    order = sorted(range(len(clips)), key=lambda row: (Path(clips.path[row]).name, clips.path[row]))
-    clips = clips.iloc[order].reset_index(drop=True)
     clips = clips.join(parse_names(clips.path))
     _check_classes(clips, root)
     if cfg.manifest:
-        speakers = read_manifest(Path(cfg.manifest), root)
-        clips["speaker"] = [
-            speakers.get(path, name) for path, name in zip(clips.path, clips.speaker, strict=True)
-        ]
+        speakers = dict(zip(clips.path, clips.speaker, strict=True))
+        clips["speaker"] = clips.path.map(speakers | read_manifest(Path(cfg.manifest), root))
     return clips.drop(columns="code")
 
 
@@ -229,7 +223,6 @@ class Recording:
     """
 
     def __init__(self, path: Path, cfg: Config) -> None:
-        """Open nothing yet."""
         self.path, self.cfg = path, cfg
         self.seconds = 0.0  # of the audio in the windows so far
         self._low, self._high, self._broken = math.inf, -math.inf, ""
@@ -241,7 +234,6 @@ class Recording:
         return "; ".join(filter(None, [self._broken, silent]))
 
     def __iter__(self) -> Iterator[FloatArray]:
-        """Yield the windows."""
         if self.path.suffix.lower() in FOREIGN_SUFFIXES:
             raise AudioError(f"{self.path.suffix} cannot be decoded: convert it to wav")
         try:
@@ -259,18 +251,15 @@ class Recording:
 
     def _windows(self, file: soundfile.SoundFile) -> Iterator[FloatArray]:
         size, rate = self.cfg.n_samples, self.cfg.sample_rate
-        window = np.empty(0, np.float32)  # the latest full one
-        blocks = [window]  # samples after it
+        window = rest = np.empty(0, np.float32)  # the latest full one, and the samples after it
         n_windows = 0
         for block in self._blocks(file):
-            blocks.append(block)
-            while sum(map(len, blocks)) >= size:
-                rest = np.concatenate(blocks)
-                window, blocks = rest[:size], [rest[size:]]
+            rest = np.concatenate([rest, block])
+            while len(rest) >= size:
+                window, rest = rest[:size], rest[size:]
                 n_windows += 1
                 self.seconds = n_windows * size / rate
                 yield window
-        rest = np.concatenate(blocks)
         if n_windows == len(rest) == 0:
             raise AudioError("holds no samples")
         if n_windows == 0 or len(rest) >= MIN_REMAINDER * rate:
@@ -320,7 +309,7 @@ def mfcc_constants(cfg: Config) -> dict[str, Tensor]:
     """What librosa and SciPy define MFCC and its deltas by, as float32 matrices.
 
     Returns:
-        window (n_fft,), mel (n_mels, n_fft // 2 + 1), dct (n_mfcc, n_mels) and deltas (2, T, T), which turn
+        window (n_fft,), mel (n_fft // 2 + 1, n_mels), dct (n_mfcc, n_mels) and deltas (2, T, T), which turn
         (..., T) coefficients into first and second derivatives: a Savitzky-Golay filter over nine frames is
         linear, so filtering the identity gives its matrix.
     """
@@ -330,7 +319,7 @@ def mfcc_constants(cfg: Config) -> dict[str, Tensor]:
     identity = np.eye(cfg.n_frames)
     constants = {
         "window": librosa.filters.get_window("hann", cfg.n_fft, fftbins=True),
-        "mel": librosa.filters.mel(sr=cfg.sample_rate, n_fft=cfg.n_fft, n_mels=cfg.n_mels),
+        "mel": librosa.filters.mel(sr=cfg.sample_rate, n_fft=cfg.n_fft, n_mels=cfg.n_mels).T.copy(),
         "dct": scipy.fft.dct(np.eye(cfg.n_mels), norm="ortho", axis=0)[: cfg.n_mfcc],
         "deltas": np.stack([librosa.feature.delta(identity, order=order) for order in (1, 2)]),
     }
@@ -344,23 +333,19 @@ class MFCC(nn.Module):
     computes the very features that it was trained on, wherever it is loaded, without librosa.
     """
 
-    window: Tensor
-    mel: Tensor
-    dct: Tensor
-    deltas: Tensor
-
     def __init__(self, constants: Mapping[str, Tensor], hop_length: int) -> None:
-        """Take the constants that mfcc_constants gave."""
         super().__init__()
-        for name in ("window", "mel", "dct", "deltas"):
-            self.register_buffer(name, constants[name].float())
+        self.window = nn.Buffer(constants["window"].float())
+        self.mel = nn.Buffer(constants["mel"].to_dense().float())
+        self.dct = nn.Buffer(constants["dct"].float())
+        self.deltas = nn.Buffer(constants["deltas"].float())
         self.hop_length = hop_length
         # Most of the filter matrix is zero: products of 16 filters at a time with the bins that they need
         # leave an eighth of the multiplications.
         self.bands: list[tuple[slice, slice]] = []
-        for start in range(0, len(self.mel), 16):
-            used = self.mel[start : start + 16].any(dim=0).nonzero().flatten().tolist() or [0]
-            self.bands.append((slice(start, start + 16), slice(used[0], used[-1] + 1)))
+        for start in range(0, self.mel.shape[1], 16):
+            used = self.mel[:, start : start + 16].any(dim=1).nonzero().flatten().tolist() or [0]
+            self.bands.append((slice(used[0], used[-1] + 1), slice(start, start + 16)))
 
     def forward(self, waves: Tensor) -> Tensor:
         """Windows (B, n_samples) float32 -> features (B, 3 * n_mfcc, n_frames) float32."""
@@ -372,7 +357,7 @@ class MFCC(nn.Module):
         frames = nn.functional.pad(waves, (n_fft // 2, n_fft // 2)).unfold(-1, n_fft, self.hop_length)
         spectrum = torch.view_as_real(torch.fft.rfft(frames * self.window)).square_()
         power = spectrum[..., 0] + spectrum[..., 1]  # (B, T, n_fft // 2 + 1)
-        mel = torch.cat([power[..., bins] @ self.mel[rows, bins].T for rows, bins in self.bands], dim=-1)
+        mel = torch.cat([power[..., bins] @ self.mel[bins, bands] for bins, bands in self.bands], dim=-1)
         decibels = mel.clamp_(min=1e-10).log10_().mul_(10)  # (B, T, n_mels)
         decibels = decibels.maximum(decibels.amax(dim=(1, 2), keepdim=True) - 80)  # as power_to_db's top_db
         return self.add_deltas(self.dct @ decibels.mT)
@@ -399,25 +384,19 @@ def map_files(work: Work, paths: Sequence[str], cfg: Config) -> Generator[Any, N
         for chunk in chunks:
             yield from work(chunk)
         return
-    pool = _make_pool(n_workers, work)
-    pending: deque[tuple[Sequence[str], Future[list[Any]]]] = deque()
-    try:
-        while chunks or pending:
-            try:
-                while chunks and len(pending) < 2 * n_workers:
-                    pending.append((chunks[0], pool.submit(_call_work, chunks[0])))
-                    chunks.popleft()
-                results = pending[0][1].result()
-                pending.popleft()
+    while chunks:
+        pool, ahead = _make_pool(n_workers, work), deque[Future[list[Any]]]()
+        try:
+            while chunks:
+                for chunk in itertools.islice(chunks, len(ahead), 2 * n_workers):
+                    ahead.append(pool.submit(_call_work, chunk))
+                results = ahead.popleft().result()
+                chunks.popleft()
                 yield from results
-            except BrokenProcessPool:  # one of the pending chunks killed its worker: try each by itself
-                suspects = [chunk for chunk, _ in pending]
-                pending.clear()
-                for chunk in suspects:
-                    yield from _map_alone(work, chunk)
-                pool = _make_pool(n_workers, work)
-    finally:
-        pool.shutdown(cancel_futures=True)
+        except BrokenProcessPool:  # a chunk killed its worker: the first by itself, then the rest once more
+            yield from _map_alone(work, chunks.popleft())
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def _map_alone(work: Work, chunk: Sequence[str]) -> list[Any]:
@@ -527,7 +506,6 @@ class FeatureCache:
     """
 
     def __init__(self, cfg: Config, mfcc: MFCC) -> None:
-        """Open it, or make it."""
         self.shape = (cfg.n_features, cfg.n_frames)
         parts = [FEATURES_VERSION, cfg.sample_rate, cfg.n_samples, cfg.hop_length, cfg.max_windows]
         key = hashlib.sha256(repr([*parts, soxr.__version__, soundfile.__libsndfile_version__]).encode())
@@ -573,11 +551,6 @@ class FeatureCache:
 
 def load_features(clips: pd.DataFrame, cfg: Config, mfcc: MFCC) -> tuple[pd.DataFrame, dict[str, str]]:
     """Extract what the cache lacks, and add columns first_window, n_windows, seconds, audio_hash, warning.
-
-    Args:
-        clips: The table, with a column path.
-        cfg: Settings.
-        mfcc: Computes the features.
 
     Returns:
         The rows of the readable files, and for the others path -> reason.
@@ -648,11 +621,9 @@ def load_corpus(cfg: Config, mfcc: MFCC) -> pd.DataFrame:
     report_files(failures, "skipped")
     report_files({clip.path: clip.warning for clip in clips.itertuples() if clip.warning}, "warning:")
     if len(failures) > MAX_UNREADABLE * len(found):
-        code = 1 if len(clips) else 2
-        share = "all" if not len(clips) else "more than one in ten"
         raise UserError(
-            f"{len(failures)} of {len(found)} audio files cannot be read, {share}: repair or remove them",
-            code=code,
+            f"{len(failures)} of {len(found)} audio files cannot be read: repair or remove them",
+            code=1 if len(clips) else 2,
         )
     for emotion in sorted(set(found.emotion) - set(clips.emotion)):
         note(f"note: class {emotion} has no readable clip: left out")
@@ -677,54 +648,34 @@ def report_files(reasons: Mapping[str, str], verb: str, *, most: int = 20) -> No
 
 # ---- demo corpus -----------------------------------------------------------------------------------------
 #
-# Synthetic speech-like clips to try the pipeline with: a buzz and breath through the resonances of a vowel
-# per syllable. What a model learns from them says nothing about real speech.
+# Synthetic speech-like clips to try the pipeline with: a buzz through three resonances, in syllables. What a
+# model learns from them says nothing about real speech.
 
-# Pitch and its slope (semitones), spread of accents (semitones), level (dB), syllables per second, and
-# breath (dB), in directions that Juslin & Laukka 2003 (Psychological Bulletin 129:770) report.
+# Pitch and its slope (semitones), level (dB) and syllables per second, in directions that Juslin & Laukka
+# 2003 (Psychological Bulletin 129:770) report.
 EMOTIONS = {
-    "Angry": (3, -2, 3.0, 5, 4.6, -24),
-    "Disgusted": (-2, -4, 2.0, -1, 3.0, -18),
-    "Fearful": (5, 0, 1.0, -3, 5.2, -14),
-    "Happy": (4, 3, 3.0, 3, 4.4, -28),
-    "Neutral": (0, -2, 1.5, 0, 3.8, -28),
-    "Sad": (-2, -3, 0.8, -5, 2.8, -18),
-    "Surprised": (6, 7, 3.5, 1, 3.6, -22),
+    "Angry": (3, -2, 5, 4.6),
+    "Disgusted": (-2, -4, -1, 3.0),
+    "Fearful": (5, 0, -3, 5.2),
+    "Happy": (4, 3, 3, 4.4),
+    "Neutral": (0, -2, 0, 3.8),
+    "Sad": (-2, -3, -5, 2.8),
+    "Surprised": (6, 7, 1, 3.6),
 }
-_SPREAD = np.array([1.5, 1.6, 0.6, 2.0, 0.4, 3.0])  # of one clip around its class
-# First three formants of ten vowels, Hz (Peterson & Barney 1952, J. Acoust. Soc. Am. 24:175, men).
-_FORMANTS = (
-    (270, 2290, 3010), (390, 1990, 2550), (530, 1840, 2480), (660, 1720, 2410), (730, 1090, 2440),
-    (570, 840, 2410), (440, 1020, 2240), (300, 870, 2240), (640, 1190, 2390), (490, 1350, 1690),
-)  # fmt: skip
 
 
 def synthesize(emotion: str, voice: float, rng: np.random.Generator, rate: int = 22050) -> FloatArray:
-    """A synthetic utterance, (n,) float32 in [-1, 1], of about 2 s.
-
-    Args:
-        emotion: A key of EMOTIONS.
-        voice: Semitones above 100 Hz.
-        rng: Draws all that differs between takes.
-        rate: Hz.
-    """
+    """A synthetic utterance, (n,) float32 in [-1, 1], 1.5 to 3.5 s long; `voice`: semitones above 100 Hz."""
     from scipy import signal as dsp  # noqa: PLC0415
 
-    pitch, slope, accent, level, tempo, breath = EMOTIONS[emotion] + _SPREAD * rng.normal(size=6)
-    n_syllables, length = int(rng.integers(6, 10)), int(rate / max(tempo, 2))
-    wave = np.zeros((n_syllables + 1) * length)
-    for number in range(n_syllables):
-        contour = slope * (number / n_syllables - 0.5) + max(accent, 0.3) * rng.normal()
-        glide = np.linspace(contour, contour + rng.normal(), length)
-        f0 = 100 * 2 ** ((voice + pitch + glide) / 12)
-        buzz = dsp.sawtooth(2 * np.pi * np.cumsum(f0) / rate) + 10 ** (breath / 20) * rng.normal(size=length)
-        for formant in rng.permutation(_FORMANTS)[0] * (1 + voice / 100):
-            buzz = dsp.lfilter(*dsp.iirpeak(formant, formant / (50 + 0.05 * formant), fs=rate), buzz)
-        start = number * length + int(0.1 * length * rng.random())
-        wave[start : start + length] += (
-            dsp.windows.tukey(length, 0.5) * rng.uniform(0.6, 1) * buzz / buzz.std()
-        )
-    wave = 0.05 * 10 ** (level / 20) * wave + 10 ** rng.uniform(-3.6, -3) * rng.normal(size=wave.size)
+    pitch, slope, level, tempo = EMOTIONS[emotion] + rng.normal(0, [1.5, 1.6, 2.0, 0.4])
+    seconds = np.arange(int(rng.uniform(1.5, 3.5) * rate)) / rate
+    contour = voice + pitch + slope * (seconds / seconds[-1] - 0.5)
+    wave = dsp.sawtooth(2 * np.pi * np.cumsum(100 * 2 ** (contour / 12)) / rate)
+    for formant in (660, 1720, 2410):  # Hz, as in the vowel of "bat"
+        wave = dsp.lfilter(*dsp.iirpeak(formant * (1 + voice / 100), 8, fs=rate), wave)
+    wave *= 0.05 * 10 ** (level / 20) / wave.std() * np.sin(np.pi * tempo * seconds) ** 2
+    wave += 10 ** rng.uniform(-3.6, -3) * rng.normal(size=wave.size)
     return np.asarray(np.tanh(wave), np.float32)
 
 

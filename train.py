@@ -44,11 +44,10 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 from tqdm import tqdm
 
 from model import (
-    VERSION,
     Augment,
     Batch,
     Checkpoint,
@@ -57,10 +56,10 @@ from model import (
     EmotionEnsemble,
     broadcast,
     build_ensemble,
-    is_torchrun,
+    calibrate,
     load_tensors,
     mean_over_windows,
-    own_device,
+    member_seed,
     rank,
     resolve_device,
     resolve_dtype,
@@ -92,25 +91,22 @@ MAX_GRADIENT = 5.0  # norm; a longer gradient is shortened to it
 def make_loader(clips: pd.DataFrame, labels: Sequence[str], cache: FeatureCache, cfg: Config) -> Loader:
     """All windows of some clips, in the order of the table."""
     dataset = EmotionDataset(clips, labels, cache, one_window=False)
-    return DataLoader(dataset, cfg.batch_size, collate_fn=_as_is)
+    batches = BatchSampler(SequentialSampler(dataset), cfg.batch_size, drop_last=False)
+    return DataLoader(dataset, batch_size=None, sampler=batches)
 
 
 def make_train_loader(
     clips: pd.DataFrame, labels: Sequence[str], cache: FeatureCache, cfg: Config, seed: int
 ) -> Loader:
     """A random window of each clip in random order; under torchrun this process's part of every batch."""
-    n_processes = distributed.get_world_size() if is_torchrun() else 1
+    n_processes = distributed.get_world_size() if distributed.is_initialized() else 1
     repeats = math.ceil(cfg.min_steps * cfg.batch_size / len(clips))  # an epoch has min_steps or more
     dataset = EmotionDataset(pd.concat([clips] * repeats), labels, cache, one_window=True)
     sampler: Any = DistributedSampler(dataset, n_processes, rank(), seed=seed)
     size = max(2, cfg.batch_size // n_processes)
     # Batch norm cannot learn from a single clip: a last batch of one waits for the next epoch.
     drop_last = len(sampler) % size == 1
-    return DataLoader(dataset, size, sampler=sampler, collate_fn=_as_is, drop_last=drop_last)
-
-
-def _as_is(batch: Any) -> Any:  # noqa: ANN401 - EmotionDataset makes whole batches
-    return batch
+    return DataLoader(dataset, batch_size=None, sampler=BatchSampler(sampler, size, drop_last))
 
 
 def class_weights(targets: "pd.Series[str]", labels: Sequence[str]) -> Tensor:
@@ -149,16 +145,6 @@ def train_epoch(
 ) -> tuple[float, float]:
     """One pass over the training clips: the mean loss, and the accuracy on augmented clips.
 
-    Args:
-        model: The network, or DistributedDataParallel around it.
-        loader: Training batches.
-        criterion: The loss, of logits (B, C) and targets (B,).
-        optimizer: Of the network's parameters.
-        warmup: Raises the learning rate from step to step.
-        average: Of the network's weights.
-        augment: Changes features (B, F, T).
-        dtype: For autocast.
-
     Raises:
         UserError: A loss is NaN or infinite.
     """
@@ -189,7 +175,7 @@ def train_epoch(
 def evaluate(
     model: EmotionEnsemble, loader: Loader, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Probabilities (N, C) float32 of all clips, means over their windows, and their classes (N,)."""
+    """Calibrated probabilities (N, C) float32 of all clips, and their classes (N,)."""
     model.eval()
     device = next(model.parameters()).device
     probabilities: list[Tensor] = []
@@ -199,24 +185,26 @@ def evaluate(
             of_windows = model(features.to(device))
         probabilities.append(mean_over_windows(of_windows.float(), owner.to(device), len(targets)).cpu())
         classes.append(targets)
-    return torch.cat(probabilities), torch.cat(classes)
+    return calibrate(torch.cat(probabilities), model.temperature), torch.cat(classes)
 
 
 def validate(
     model: EmotionEnsemble, loader: Loader, weights: Tensor, dtype: torch.dtype
-) -> tuple[float, float]:
-    """Accuracy, and cross-entropy with class weights (C,), of the validation clips; alike in all processes.
+) -> tuple[Tensor, float, float]:
+    """Probabilities (N, C) of the validation clips, their accuracy, and their cross-entropy.
+
+    The cross-entropy has class weights (C,); all processes get the same numbers.
 
     Raises:
-        UserError: The loss is NaN or infinite.
+        UserError: The loss or a weight is NaN or infinite.
     """
     probabilities, targets = evaluate(model, loader, dtype)
     accuracy = (probabilities.argmax(dim=1) == targets).double().mean().item()
     loss = nn.functional.nll_loss(probabilities.clamp(min=1e-12).log(), targets, weights).item()
     accuracy, loss = broadcast([accuracy, loss])
-    if not math.isfinite(loss):
-        raise UserError(f"the validation loss is {loss}: lower learning_rate", code=1)
-    return accuracy, loss
+    if not (math.isfinite(loss) and all(bool(v.isfinite().all()) for v in model.state_dict().values())):
+        raise UserError(f"weights overflow, the validation loss is {loss}: lower learning_rate", code=1)
+    return probabilities, accuracy, loss
 
 
 # ---- one network -----------------------------------------------------------------------------------------
@@ -230,19 +218,15 @@ def fit(
     The network that is kept is of the latest epoch whose validation accuracy is within one standard error of
     the best (Breiman et al. 1984): the highest of 40 accuracies on 1,000 clips is an accident.
 
-    Args:
-        cfg: Settings.
-        clips: The table with the column part.
-        mfcc: Computes the deltas of augmented features.
-        member: 1 to cfg.ensemble; each has a seed of its own.
-        resume: Whether to go on from the file.
-        show: Called with the row of history.csv after each epoch.
+    `clips` has the column part, as split gives it for this network, and `show` gets the row of history.csv
+    of each epoch.
 
     Raises:
         UserError: The loss is no longer finite.
     """
-    path, seed, device = Path(cfg.run_dir, f"network{member}.pth"), cfg.seed * 1000 + member, own_device(cfg)
-    dtype, labels = resolve_dtype(cfg.precision, device), sorted(set(clips.emotion))
+    path, seed = network_file(cfg, member), member_seed(cfg, member)
+    device, labels = resolve_device(cfg.device), sorted(set(clips.emotion))
+    dtype = resolve_dtype(cfg.precision, device)
     cache, mfcc = FeatureCache(cfg, mfcc), copy.deepcopy(mfcc).to(device)
     train_clips, val_clips = clips[clips.part == "train"], clips[clips.part == "val"]
     train_loader = make_train_loader(train_clips, labels, cache, cfg, seed)
@@ -254,6 +238,8 @@ def fit(
     torch.manual_seed(seed)
     model = EmotionCNNGRU(cfg, len(labels)).to(device)
     model.mean[:], model.std[...] = feature_stats(make_loader(train_clips, labels, cache, cfg))
+    if cfg.cmn == "all" or (cfg.cmn == "alternate" and member % 2 == 0):
+        model.cmn[1 : cfg.n_mfcc] = 1  # the first coefficient, which is the loudness, keeps its mean
     average = make_average(model, cfg.ema_decay)
     optimizer = make_optimizer(model, cfg)
     warmup, plateau = make_schedules(optimizer, cfg, len(train_loader))
@@ -267,13 +253,13 @@ def fit(
             part.load_state_dict(state[name])
         history, best, bad_epochs, kept = (state[name] for name in ("history", "best", "bad_epochs", "kept"))
 
-    ddp_model = DistributedDataParallel(model) if is_torchrun() else model
+    ddp_model = DistributedDataParallel(model) if distributed.is_initialized() else model
     averaged = EmotionEnsemble(mfcc, [average.module])
     while len(history) < cfg.epochs and bad_epochs < cfg.patience:
         started, epoch, lr = time.perf_counter(), len(history) + 1, optimizer.param_groups[0]["lr"]
         # Seeded anew each epoch, so that a resumed run needs no state of random generators.
         torch.manual_seed((seed * 10_007 + epoch) * 101 + rank())
-        train_loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined] # it is a DistributedSampler
+        train_loader.sampler.sampler.set_epoch(epoch)  # type: ignore[attr-defined] # a DistributedSampler
         loss, train_accuracy = train_epoch(
             ddp_model,
             train_loader,
@@ -284,7 +270,7 @@ def fit(
             augment=augment,
             dtype=dtype,
         )
-        accuracy, val_loss = validate(averaged, val_loader, weights, dtype)
+        probabilities, accuracy, val_loss = validate(averaged, val_loader, weights, dtype)
 
         if epoch > cfg.warmup:
             plateau.step(accuracy)
@@ -293,15 +279,24 @@ def fit(
         bad_epochs = 0 if accuracy > best or has_fallen else bad_epochs + 1
         best = max(best, accuracy)
         if accuracy >= best - math.sqrt(best * (1 - best) / len(val_clips)):
-            kept = {"epoch": epoch, "weights": copy.deepcopy(average.module.state_dict())}
+            kept = {
+                "epoch": epoch,
+                "weights": copy.deepcopy(average.module.state_dict()),
+                "val_probabilities": probabilities,
+            }
         row = {"network": member, "epoch": epoch, "learning_rate": lr, "train_loss": loss}
         row |= {"train_accuracy": train_accuracy, "val_loss": val_loss, "val_accuracy": accuracy}
         history.append(row | {"seconds": round(time.perf_counter() - started, 2)})
         if rank() == 0:
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"history": history, "best": best, "bad_epochs": bad_epochs, "kept": kept}
-            save_tensors(path, {"version": VERSION, **state})
+            save_tensors(path, state)
         show(history[-1])
+
+
+def network_file(cfg: Config, member: int) -> Path:
+    """Where the state of a network lies, for --resume."""
+    return Path(cfg.run_dir, f"network{member}.pth")
 
 
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
@@ -340,30 +335,35 @@ def feature_stats(loader: Loader) -> tuple[Tensor, Tensor]:
 
 
 def fit_members(
-    cfg: Config, clips: pd.DataFrame, mfcc: MFCC, *, resume: bool, show: Callable[[Row], None]
+    cfg: Config, tables: Sequence[pd.DataFrame], mfcc: MFCC, *, resume: bool, show: Callable[[Row], None]
 ) -> None:
     """Train all networks: on CPU as many at once as there are cores, else one after the other.
 
     Two networks with a thread each take half the time of one after the other with two threads, since threads
-    wait for each other at every small step.
+    wait for each other at every small step. Each has a table of clips with parts of its own.
 
     Raises:
         UserError: A loss is no longer finite, or a process died.
     """
-    n_parallel, members = min(cfg.ensemble, n_cores()), range(1, cfg.ensemble + 1)
-    if n_parallel == 1 or is_torchrun() or own_device(cfg).type != "cpu":
-        for member in members:
-            fit(cfg, clips, mfcc, member=member, resume=resume, show=show)
+    n_parallel = min(len(tables), n_cores())
+    waiting: list[dict[str, Any]] = [
+        {"cfg": cfg, "clips": clips, "mfcc": mfcc, "member": member, "resume": resume}
+        for member, clips in enumerate(tables, start=1)
+    ]
+    if n_parallel == 1 or distributed.is_initialized() or resolve_device(cfg.device).type != "cpu":
+        for arguments in waiting:
+            fit(**arguments, show=show)
         return
     context = multiprocessing.get_context("spawn")
-    waiting = [{"cfg": cfg, "clips": clips, "mfcc": mfcc, "member": m, "resume": resume} for m in members]
     running: dict[Connection, BaseProcess] = {}
     try:
         while waiting or running:
             while waiting and len(running) < n_parallel:
                 ours, theirs = context.Pipe(duplex=False)
-                arguments = (theirs, n_cores() // n_parallel, waiting.pop(0))
-                running[ours] = context.Process(target=_fit_in_child, args=arguments)
+                n_threads = n_cores() // n_parallel
+                running[ours] = context.Process(
+                    target=_fit_in_child, args=(theirs, n_threads, waiting.pop(0))
+                )
                 running[ours].start()
                 theirs.close()
             for pipe in cast(list[Connection], wait(list(running))):
@@ -395,11 +395,11 @@ def _fit_in_child(pipe: Connection, n_threads: int, arguments: dict[str, Any]) -
 # ---- the run ---------------------------------------------------------------------------------------------
 
 
-def train(cfg: Config, *, resume: bool = False, fold: int = 0, n_folds: int = 0) -> dict[str, Any]:
+def train(cfg: Config, *, resume: bool = False, fold: int = 0, n_folds: int = 0) -> pd.DataFrame:
     """Load the clips, split them, train the networks, keep the best of each, and report how good they are.
 
     Returns:
-        What metrics.json holds.
+        What predictions.csv holds; under torchrun nothing in all processes but the first.
 
     Raises:
         UserError: Data or settings do not allow the run, or its loss is no longer finite.
@@ -407,7 +407,11 @@ def train(cfg: Config, *, resume: bool = False, fold: int = 0, n_folds: int = 0)
     """
     mfcc = MFCC(mfcc_constants(cfg), cfg.hop_length)
     clips = load_corpus(cfg, mfcc)
-    clips["part"] = split(clips, cfg, fold=fold, n_folds=n_folds)
+    tables = [
+        clips.assign(part=split(clips, cfg, member=member, fold=fold, n_folds=n_folds))
+        for member in range(1, cfg.ensemble + 1)
+    ]
+    clips = tables[0]  # the test part is that of all
     say(describe_split(clips, cfg))
     data = hashlib.sha256(clips[["audio_hash", "emotion", "part"]].to_csv(index=False).encode()).hexdigest()
     run_id = start_run(cfg, data, resume=resume) if rank() == 0 else ""
@@ -415,15 +419,15 @@ def train(cfg: Config, *, resume: bool = False, fold: int = 0, n_folds: int = 0)
         quiet = True if rank() > 0 else None  # None: where there is no terminal
         with tqdm(total=cfg.ensemble * cfg.epochs, unit="epoch", disable=quiet) as bar:
             broadcast([run_id])  # the others wait until an earlier run is set aside
-            fit_members(cfg, clips, mfcc, resume=resume, show=lambda row: show_epoch(row, cfg, bar))
+            fit_members(cfg, tables, mfcc, resume=resume, show=lambda row: show_epoch(row, cfg, bar))
     except (KeyboardInterrupt, UserError) as error:  # the networks so far are worth keeping
-        if rank() == 0 and collect(cfg, clips, mfcc, run_id):
+        if rank() == 0 and collect(cfg, tables, mfcc, run_id):
             note(f"the networks so far are kept in {cfg.checkpoint}")
         if isinstance(error, KeyboardInterrupt):
             note("stopped: the same command with --resume goes on after the last finished epoch")
         raise
-    checkpoint = collect(cfg, clips, mfcc, run_id) if rank() == 0 else None
-    return report(cfg, clips, mfcc, checkpoint) if checkpoint else {}
+    collected = collect(cfg, tables, mfcc, run_id) if rank() == 0 else None
+    return report(cfg, clips, mfcc, *collected) if collected else pd.DataFrame()
 
 
 def describe_split(clips: pd.DataFrame, cfg: Config) -> str:
@@ -456,21 +460,13 @@ RUN_FILES = (  # run.json last: while it is there, what is beside it is known to
 def start_run(cfg: Config, data: str, *, resume: bool) -> str:
     """Set an earlier run in run_dir aside, or check that it can be resumed; returns the id of the run.
 
-    Args:
-        cfg: Settings.
-        data: Stands for the clips and their split.
-        resume: Whether to go on with the run in run_dir.
+    `data` stands for the clips and their split.
 
     Raises:
         UserError: There is nothing to resume, or it was another run.
     """
     about, mine = Path(cfg.run_dir, "run.json"), {"data": data, **asdict(cfg)}
-    earlier = None
-    if about.is_file():
-        try:
-            earlier = json.loads(about.read_text())
-        except ValueError:  # damaged
-            earlier = {"run": "damaged"}
+    earlier = json.loads(about.read_text()) if about.is_file() else None
     if not resume:
         if earlier:
             files = [file for pattern in RUN_FILES for file in sorted(about.parent.glob(pattern))]
@@ -503,22 +499,35 @@ def set_aside(
     note(f"note: {', '.join(file.name for file in files)} of an earlier run set aside in {folder}")
 
 
-def collect(cfg: Config, clips: pd.DataFrame, mfcc: MFCC, run_id: str) -> Checkpoint | None:
-    """Write the networks kept so far into the checkpoint, and history and curves; None if there are none."""
+def collect(
+    cfg: Config, tables: Sequence[pd.DataFrame], mfcc: MFCC, run_id: str
+) -> tuple[Checkpoint, pd.DataFrame] | None:
+    """Write the networks kept so far into the checkpoint, and history and curves.
+
+    Returns:
+        The checkpoint and the predictions of the validation clips; None if there are no networks yet.
+    """
     run_dir, path = Path(cfg.run_dir), Path(cfg.checkpoint)
-    files = [run_dir / f"network{member}.pth" for member in range(1, cfg.ensemble + 1)]
-    states = [load_tensors(file) for file in files if file.is_file()]
-    if not states:
+    networks = [
+        (clips, load_tensors(file))
+        for member, clips in enumerate(tables, start=1)
+        if (file := network_file(cfg, member)).is_file()
+    ]
+    if not networks:
         return None
-    labels = sorted(set(clips.emotion))
-    train_clips = clips[clips.part == "train"]
+    kept = [state["kept"] for _, state in networks]
+    labels = sorted(set(tables[0].emotion))
+    learnt = tables[0][np.any([clips.part == "train" for clips, _ in networks], axis=0)]
+    validated, probabilities = out_of_fold(networks)
+    targets = torch.tensor([labels.index(emotion) for emotion in validated.emotion])
     checkpoint = Checkpoint(
         config=replace(cfg, **{name: getattr(Config(), name) for name in RUNTIME_FIELDS}),
         labels=labels,
-        mfcc=dict(mfcc.state_dict()),
-        members=[state["kept"]["weights"] for state in states],
-        epochs=[state["kept"]["epoch"] for state in states],
-        n_clips={label: int((train_clips.emotion == label).sum()) for label in labels},
+        mfcc=mfcc.state_dict() | {"mel": mfcc.mel.to_sparse()},  # nearly all of it is zeros
+        members=[best["weights"] for best in kept],
+        epochs=[best["epoch"] for best in kept],
+        temperature=fit_temperature(probabilities, targets),
+        n_clips={label: int((learnt.emotion == label).sum()) for label in labels},
         versions={"python": platform.python_version(), "torch": str(torch.__version__)},
         run=run_id,
     )
@@ -530,17 +539,53 @@ def collect(cfg: Config, clips: pd.DataFrame, mfcc: MFCC, run_id: str) -> Checkp
         if earlier != run_id:  # a copy, since the old one stays in place until the new one is whole
             set_aside([path], run_dir / earlier, by=shutil.copy2)
     save_checkpoint(path, checkpoint)
-    history = pd.DataFrame([row for state in states for row in state["history"]])
+    history = pd.DataFrame([row for _, state in networks for row in state["history"]])
     save_table(run_dir / "history.csv", history)
-    save_figure(run_dir / "loss.png", lambda: plot_history(history, [s["kept"]["epoch"] for s in states]))
-    return checkpoint
+    save_figure(run_dir / "loss.png", lambda: plot_history(history, checkpoint.epochs))
+    return checkpoint, make_predictions(validated, labels, calibrate(probabilities, checkpoint.temperature))
+
+
+def out_of_fold(networks: Sequence[tuple[pd.DataFrame, dict[str, Any]]]) -> tuple[pd.DataFrame, Tensor]:
+    """The validation clips, and their mean probabilities (N, C) by the networks that did not train on them.
+
+    Of each network, `networks` has the clips with its parts, and the state that fit wrote.
+    """
+    clips = networks[0][0]
+    total, count = torch.zeros(len(clips), clips.emotion.nunique()), torch.zeros(len(clips), 1)
+    for table, state in networks:
+        is_val = torch.tensor((table.part == "val").tolist())
+        total[is_val] += state["kept"]["val_probabilities"]
+        count[is_val] += 1
+    rows = count[:, 0] > 0
+    return clips[rows.numpy()].reset_index(drop=True), (total / count)[rows]
+
+
+def fit_temperature(probabilities: Tensor, targets: Tensor) -> float:
+    """The temperature of calibrate() that makes the cross-entropy of clips that nobody trained on least.
+
+    Args:
+        probabilities: (N, C), not calibrated.
+        targets: (N,) true classes.
+    """
+    from scipy.optimize import minimize_scalar  # noqa: PLC0415
+
+    def loss(temperature: float) -> float:
+        return nn.functional.nll_loss(calibrate(probabilities, temperature).log(), targets).item()
+
+    return float(minimize_scalar(loss, bounds=(0.2, 5), method="bounded").x)
 
 
 # ---- the report ------------------------------------------------------------------------------------------
 
 
-def report(cfg: Config, clips: pd.DataFrame, mfcc: MFCC, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Score the ensemble on the validation and the test clips; write and return the metrics."""
+def report(
+    cfg: Config, clips: pd.DataFrame, mfcc: MFCC, checkpoint: Checkpoint, validated: pd.DataFrame
+) -> pd.DataFrame:
+    """Score the model: its predictions of the validation clips, and of the test clips, which are made here.
+
+    Returns:
+        The predictions of the test clips; where there are none, of the validation clips.
+    """
     run_dir = Path(cfg.run_dir)
     model = build_ensemble(checkpoint).to(resolve_device(cfg.device))
     cache = FeatureCache(cfg, mfcc)
@@ -549,16 +594,17 @@ def report(cfg: Config, clips: pd.DataFrame, mfcc: MFCC, checkpoint: Checkpoint)
         "run": checkpoint.run,
         "split": describe_split(clips, cfg),
         "epochs": checkpoint.epochs,
+        "temperature": checkpoint.temperature,
         "minutes": round(history.seconds.sum() / 60, 2),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "config": asdict(cfg),
     }
-    for part in ("val", "test"):
-        chosen = clips[clips.part == part].reset_index(drop=True)
-        if len(chosen):
-            probabilities, _ = evaluate(model, make_loader(chosen, checkpoint.labels, cache, cfg))
-            predictions = make_predictions(chosen, checkpoint.labels, probabilities.numpy())
-            metrics[part] = score(predictions, checkpoint.labels)
+    predictions, metrics["val"] = validated, score(validated, checkpoint.labels)
+    test = clips[clips.part == "test"].reset_index(drop=True)
+    if len(test):
+        probabilities, _ = evaluate(model, make_loader(test, checkpoint.labels, cache, cfg))
+        predictions = make_predictions(test, checkpoint.labels, probabilities)
+        metrics["test"] = score(predictions, checkpoint.labels)
     save_predictions(run_dir, predictions, checkpoint.labels)
     save_json(run_dir / "metrics.json", metrics)
     for part, title in PART_TITLES.items():
@@ -566,19 +612,19 @@ def report(cfg: Config, clips: pd.DataFrame, mfcc: MFCC, checkpoint: Checkpoint)
             say(f"\n{title}\n{describe_scores(metrics[part])}")
     epochs = ", ".join(map(str, checkpoint.epochs))
     say(f"\n{cfg.checkpoint}: {checkpoint.summary}, of epoch {epochs}; history and figures in {run_dir}")
-    return metrics
+    return predictions
 
 
 PART_TITLES = {
-    "val": "validation clips (they chose the epochs, so that this is optimistic)",
+    "val": "validation clips, each by the networks that did not train on it (they chose the epochs)",
     "test": "test clips (scored once: the score to quote)",
 }
 
 
-def make_predictions(clips: pd.DataFrame, labels: Sequence[str], probabilities: FloatArray) -> pd.DataFrame:
+def make_predictions(clips: pd.DataFrame, labels: Sequence[str], probabilities: Tensor) -> pd.DataFrame:
     """A row per clip: path, emotion, corpus, speaker, predicted, and a column p(label) for each class."""
-    columns = {f"p({label})": probabilities[:, number] for number, label in enumerate(labels)}
-    predicted = np.array(labels, dtype=object)[probabilities.argmax(axis=1)]
+    columns = {f"p({label})": probabilities[:, number].numpy() for number, label in enumerate(labels)}
+    predicted = np.array(labels, dtype=object)[probabilities.argmax(dim=1)]
     return clips[["path", "emotion", "corpus", "speaker"]].assign(predicted=predicted, **columns)
 
 
@@ -589,35 +635,28 @@ def score(predictions: pd.DataFrame, labels: Sequence[str]) -> dict[str, Any]:
     per_class = classification_report(
         predictions.emotion, predictions.predicted, labels=labels, output_dict=True, zero_division=0
     )
-    for name in ("accuracy", "micro avg", "macro avg", "weighted avg"):
-        per_class.pop(name, None)
-    per_corpus = {
-        str(name): {**_summary(group), "clips": len(group)} for name, group in predictions.groupby("corpus")
-    }
     probabilities = predictions[[f"p({label})" for label in labels]].to_numpy()
     right = (predictions.emotion == predictions.predicted).to_numpy()
     return {
-        **_summary(predictions),
+        **summarize(predictions),
         "calibration_error": calibration_error(probabilities.max(axis=1), right),
-        "clips": len(predictions),
         "intervals": bootstrap(predictions),
-        "per_class": per_class,
-        "per_corpus": per_corpus,
+        "per_class": {label: per_class[label] for label in labels},
+        "per_corpus": {str(name): summarize(group) for name, group in predictions.groupby("corpus")},
     }
 
 
-def _summary(predictions: pd.DataFrame) -> dict[str, float]:
-    from sklearn.metrics import classification_report  # noqa: PLC0415
+def summarize(predictions: pd.DataFrame) -> dict[str, float]:
+    """Accuracy, UAR and macro F1, the last two over the classes that occur, and the number of clips."""
+    from sklearn.metrics import f1_score, recall_score  # noqa: PLC0415
 
     true, predicted = predictions.emotion, predictions.predicted
-    scores = classification_report(
-        true, predicted, labels=sorted(set(true)), output_dict=True, zero_division=0
-    )
-    mean = scores["macro avg"]
+    macro = {"labels": sorted(set(true)), "average": "macro", "zero_division": 0}
     return {
         "accuracy": float((true == predicted).mean()),
-        "uar": float(mean["recall"]),
-        "macro_f1": float(mean["f1-score"]),
+        "uar": float(recall_score(true, predicted, **macro)),
+        "macro_f1": float(f1_score(true, predicted, **macro)),
+        "clips": len(predictions),
     }
 
 
@@ -643,12 +682,9 @@ def bootstrap(predictions: pd.DataFrame, *, draws: int = 1000) -> dict[str, list
 
 
 def calibration_error(confidence: FloatArray, right: Any, *, n_bins: int = 15) -> float:  # noqa: ANN401
-    """Expected calibration error (ECE): how far confidence and accuracy are apart (arXiv:1706.04599).
+    """Expected calibration error (ECE, arXiv:1706.04599): how far confidence and accuracy are apart.
 
-    Args:
-        confidence: (N,) probability of the predicted class.
-        right: (N,) whether it is the true one.
-        n_bins: Of confidence; their gaps are weighted by the clips in each.
+    Of the probability of each clip's predicted class, (N,), and whether it is right, (N,).
     """
     bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
     return float(np.abs(np.bincount(bins, weights=confidence - right)).sum() / len(right))
@@ -693,12 +729,6 @@ def save_predictions(run_dir: Path, predictions: pd.DataFrame, labels: Sequence[
     """Write predictions.csv and draw the confusion matrix."""
     save_table(run_dir / "predictions.csv", predictions)
     save_figure(run_dir / "confusion_matrix.png", lambda: plot_confusion(predictions, labels))
-
-
-def load_predictions(path: Path) -> pd.DataFrame:
-    """Read a predictions.csv back, its names unchanged."""
-    texts = dict.fromkeys(["path", "emotion", "corpus", "speaker", "predicted"], str)
-    return pd.read_csv(path, dtype=texts, keep_default_na=False, encoding_errors="surrogateescape")
 
 
 def save_json(path: Path, content: dict[str, Any]) -> None:
@@ -758,12 +788,8 @@ def cross_validate(cfg: Config, n_folds: int, *, resume: bool) -> None:
     """Train once per fold, and score every clip by the networks that never saw it.
 
     Each fold is a run of its own in run_dir/fold<n>, its checkpoint included.
-
-    Raises:
-        UserError: As train.
     """
-    run_dir = Path(cfg.run_dir)
-    metrics, tables = [], []
+    run_dir, tables = Path(cfg.run_dir), []
     if rank() == 0:
         start_run(cfg, f"{n_folds} folds", resume=resume)
     for fold in range(n_folds):
@@ -771,9 +797,7 @@ def cross_validate(cfg: Config, n_folds: int, *, resume: bool) -> None:
         say(f"\nfold {fold + 1} of {n_folds}")
         own = replace(cfg, run_dir=str(home), checkpoint=str(home / "best_emotion_model.pth"))
         goes_on = resume and (home / "run.json").is_file()
-        metrics.append(train(own, resume=goes_on, fold=fold, n_folds=n_folds))
-        if rank() == 0:
-            tables.append(load_predictions(home / "predictions.csv"))
+        tables.append(train(own, resume=goes_on, fold=fold, n_folds=n_folds))
     if rank() > 0:
         return
     predictions = pd.concat(tables, ignore_index=True)
@@ -782,11 +806,10 @@ def cross_validate(cfg: Config, n_folds: int, *, resume: bool) -> None:
     say(
         f"\nall {len(predictions):,} clips, each by the networks that never saw it\n{describe_scores(pooled)}"
     )
-    per_fold = pd.DataFrame(
-        [{name: m["test"][name] for name in ("accuracy", "uar", "macro_f1")} for m in metrics]
-    )
+    per_fold = pd.DataFrame(map(summarize, tables)).drop(columns="clips")
     say(f"\nper fold\n{per_fold.agg(['mean', 'std']).to_string(float_format='{:.1%}'.format)}")
-    save_json(run_dir / "metrics.json", {"pooled": pooled, "folds": metrics})
+    folds = [score(table, labels) for table in tables]
+    save_json(run_dir / "metrics.json", {"pooled": pooled, "folds": folds, "config": asdict(cfg)})
     save_predictions(run_dir, predictions, labels)
 
 

@@ -229,6 +229,7 @@ def measure_speed(cfg: Config, repeats: int) -> Iterator[Row]:
                 members=[dict(member.state_dict()) for member in model.members],
                 epochs=[0] * cfg.ensemble,
                 n_clips=dict.fromkeys(labels, 0),
+                temperature=1.0,
                 versions={},
                 run="benchmark",
             ),

@@ -1,11 +1,11 @@
 """Split, dataset, augmentation, network, ensemble, and the checkpoint file: damaged or hostile ones too."""
 
-import itertools
 import os
 import pickle
+import resource
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,14 @@ import pandas as pd
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from config import Config, UserError
 from model import (
     VERSION,
     Augment,
-    Checkpoint,
     EmotionCNNGRU,
-    EmotionDataset,
     EmotionEnsemble,
-    build_ensemble,
+    calibrate,
     load_checkpoint,
     mean_over_windows,
     resolve_device,
@@ -34,17 +31,11 @@ from model import (
     save_tensors,
     split,
 )
-from prepare import MFCC, ClipFeatures, FeatureCache, mfcc_constants
-from tests.conftest import TINY, tiny_config
+from prepare import ClipFeatures, FeatureCache
+from tests.conftest import EMOTIONS, TINY, Trained, make_mfcc, tiny_config
+from train import make_train_loader
 
 TINY_CFG = Config(**TINY)
-LABELS = ["Angry", "Sad", "Suprised"]
-
-
-@cache
-def make_mfcc(cfg: Config = TINY_CFG) -> MFCC:
-    """The features of these settings, to be left as they are."""
-    return MFCC(mfcc_constants(cfg), cfg.hop_length)
 
 
 def make_network(cfg: Config = TINY_CFG, seed: int = 0) -> EmotionCNNGRU:
@@ -67,8 +58,8 @@ def noise(n_clips: int, n_frames: int, cfg: Config = TINY_CFG) -> Tensor:
 def make_table(
     counts: dict[tuple[str, str], int] | None = None, n_speakers: int = 10, n_copies: int = 0
 ) -> pd.DataFrame:
-    """Clips as load_corpus gives them, so many of each (corpus, emotion); every n-th is another's copy."""
-    counts = counts or {(corpus, label): 40 for corpus in ("CREMA-D", "SAVEE") for label in LABELS}
+    """Clips as load_corpus gives them, so many of each (corpus, emotion); two of n_copies are copies."""
+    counts = counts or {(corpus, label): 40 for corpus in ("CREMA-D", "SAVEE") for label in EMOTIONS}
     rows = [
         (f"{corpus}-{emotion}-{number:03d}.wav", emotion, corpus, f"{corpus} {number % n_speakers}")
         for (corpus, emotion), count in counts.items()
@@ -76,11 +67,9 @@ def make_table(
     ]
     clips = pd.DataFrame(rows, columns=["path", "emotion", "corpus", "speaker"], dtype=object)
     clips["audio_hash"] = clips.path
-    if n_copies:
-        clips.loc[::n_copies, "audio_hash"] = np.roll(clips.audio_hash[::n_copies], 1)
-        clips.loc[1::n_copies, "audio_hash"] = clips.audio_hash[::n_copies].to_numpy()[
-            : len(clips.audio_hash[1::n_copies])
-        ]
+    if n_copies:  # of the clip before it, and of one anywhere
+        clips.loc[1::n_copies, "audio_hash"] = clips.audio_hash[::n_copies].to_numpy()
+        clips.loc[2::n_copies, "audio_hash"] = np.roll(clips.audio_hash[::n_copies], 7)
     return clips
 
 
@@ -93,28 +82,34 @@ def test_split_keeps_same_audio_in_one_part(how: str) -> None:
     assert parts.groupby(clips.audio_hash).nunique().max() == 1
 
 
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_split_by_speaker_divides_no_speaker(seed: int) -> None:
+def test_split_by_speaker_divides_no_speaker() -> None:
     """The actors of RAVDESS both speak and sing: one speaker in two corpora."""
     clips = make_table({("RAVDESS speech", "Sad"): 60, ("RAVDESS song", "Angry"): 60}, n_speakers=12)
     clips["speaker"] = clips.speaker.str.replace(" speech| song", "", regex=True)
-    parts = split(clips, replace(TINY_CFG, split="speaker", seed=seed))
-    assert parts.groupby(clips.speaker).nunique().max() == 1
-    assert parts.groupby(clips.speaker).first().value_counts().to_dict() == {"train": 6, "val": 3, "test": 3}
+    for seed in range(3):
+        parts = split(clips, replace(TINY_CFG, split="speaker", seed=seed))
+        assert parts.groupby(clips.speaker).nunique().max() == 1
+        sizes = parts.groupby(clips.speaker).first().value_counts().to_dict()
+        assert sizes == {"train": 6, "val": 3, "test": 3}
+
+
+@pytest.mark.parametrize("how", ["random", "speaker"])
+def test_networks_share_the_test_part_and_together_train_on_all_other_clips(how: str) -> None:
+    clips = make_table(n_speakers=20)
+    parts = [split(clips, replace(TINY_CFG, split=how), member=member) for member in range(1, 9)]
+    is_test = parts[0] == "test"
+    assert all(((part == "test") == is_test).all() for part in parts)
+    assert (np.any([part == "train" for part in parts], axis=0) == ~is_test).all()
+    assert len({tuple(part) for part in parts}) == 8
 
 
 def test_split_by_speaker_deals_each_corpus_alike_and_keeps_small_ones_in_training() -> None:
-    counts = {(corpus, "Sad"): 40 for corpus in ("CREMA-D", "SAVEE")} | {("TESS", "Angry"): 40}
-    clips = make_table(counts)
+    clips = make_table({("CREMA-D", "Sad"): 40, ("SAVEE", "Sad"): 40, ("TESS", "Angry"): 40})
     clips.loc[clips.corpus == "TESS", "speaker"] = ["TESS OA", "TESS YA"] * 20
     parts = split(clips, Config(split="speaker", val_fraction=0.2, test_fraction=0.1))
-    n_speakers = clips.speaker.groupby([clips.corpus, parts]).nunique().to_dict()
-    assert n_speakers == {
-        **{(corpus, "train"): 7 for corpus in ("CREMA-D", "SAVEE")},
-        **{(corpus, "val"): 2 for corpus in ("CREMA-D", "SAVEE")},
-        **{(corpus, "test"): 1 for corpus in ("CREMA-D", "SAVEE")},
-        ("TESS", "train"): 2,
-    }
+    table = clips.groupby(["corpus", parts]).speaker.nunique().unstack(fill_value=0)
+    assert table.loc["CREMA-D"].to_dict() == table.loc["SAVEE"].to_dict() == {"train": 7, "val": 2, "test": 1}
+    assert table.loc["TESS"].to_dict() == {"train": 2, "val": 0, "test": 0}
 
 
 def test_split_at_random_deals_each_class_of_each_corpus_alike() -> None:
@@ -128,36 +123,29 @@ def test_split_at_random_deals_each_class_of_each_corpus_alike() -> None:
 
 
 @pytest.mark.parametrize(
-    ("count", "expected"),
-    [
-        (1, {"train": 1}),
-        (2, {"train": 2}),
-        (3, {"train": 2, "test": 1}),
-        (4, {"train": 2, "val": 1, "test": 1}),
-    ],
+    ("count", "absent"),
+    [(1, ["val", "test"]), (2, ["val", "test"]), (3, ["val"]), (4, [])],
 )
 def test_split_draws_at_least_one_of_three(
-    count: int, expected: dict[str, int], capsys: pytest.CaptureFixture[str]
+    count: int, absent: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A tenth of three clips would be none; of fewer, training gets all, which is told."""
     clips = make_table({("other", "Angry"): 60, ("other", "Rare"): count})
     parts = split(clips, Config())
-    assert parts[clips.emotion == "Rare"].value_counts().to_dict() == expected
-    absent = [part for part in ("train", "val", "test") if part not in expected]
-    assert capsys.readouterr().err == "".join(
-        f"warning: no clip of Rare in {part}: too few clips\n" for part in absent
-    )
+    assert set(parts[clips.emotion == "Rare"]) == {"train", "val", "test"} - set(absent)
+    lines = [f"warning: no clip of Rare in {part}: too few clips\n" for part in absent]
+    assert capsys.readouterr().err == "".join(lines)
 
 
 @pytest.mark.parametrize("how", ["random", "speaker"])
 def test_folds_test_every_clip_once(how: str) -> None:
-    clips = make_table(n_copies=7)
+    clips = make_table(n_copies=8)
     folds = [split(clips, replace(TINY_CFG, split=how), fold=fold, n_folds=5) for fold in range(5)]
     assert (sum((parts == "test").astype(int) for parts in folds) == 1).all()
     for parts in folds:
         assert parts.groupby(clips.audio_hash).nunique().max() == 1
         assert (parts == "test").mean() == pytest.approx(0.2, abs=0.06)
-        assert (parts == "val").mean() == pytest.approx(0.25, abs=0.08)
+        assert (parts == "val").mean() == pytest.approx(0.25, abs=0.12)
 
 
 def test_equal_seeds_give_equal_parts_whatever_the_order_of_the_clips() -> None:
@@ -166,35 +154,30 @@ def test_equal_seeds_give_equal_parts_whatever_the_order_of_the_clips() -> None:
     shuffled = clips.sample(frac=1, random_state=0)
     pd.testing.assert_series_equal(split(shuffled, TINY_CFG).sort_index(), parts)
     assert (split(clips, replace(TINY_CFG, seed=1)) != parts).sum() > 40
+    without_test = split(clips, replace(TINY_CFG, test_fraction=0))
+    assert without_test.value_counts().to_dict() == {"train": 180, "val": 60}
 
 
-def test_test_fraction_zero_leaves_more_to_train_on() -> None:
-    parts = split(make_table(), replace(TINY_CFG, test_fraction=0))
-    assert parts.value_counts().to_dict() == {"train": 180, "val": 60}
+BY_SPEAKER = {"split": "speaker"}
 
 
 @pytest.mark.parametrize(
     ("counts", "n_speakers", "changes", "n_folds", "reason"),
     [
-        ({("other", "Sad"): 2, ("other", "Angry"): 2}, 2, {}, 0, "0 of 4 clips for validation, fewer than"),
-        ({("other", c): 3 for c in "ABCDE"}, 1, {}, 0, "fewer than the 5 classes: val_fraction = 0.25"),
-        ({("TESS", "Sad"): 30}, 2, {"split": "speaker"}, 0, "three speakers or more, here are {'TESS': 2}"),
-        (
-            {("other", "Sad"): 30},
-            4,
-            {"split": "speaker"},
-            5,
-            "folds = 5: must be at most 4, the number of sp",
-        ),
-        ({("other", "Sad"): 6}, 4, {}, 7, "folds = 7: must be at most 6"),
-        ({("other", "Sad"): 3}, 3, {"test_fraction": 0, "val_fraction": 0.9}, 0, "1 of 3 clips for training"),
+        ({"Sad": 2, "Angry": 2}, 2, {}, 0, "0 of 4 clips for validation, fewer than"),
+        (dict.fromkeys("ABCDE", 3), 1, {}, 0, "fewer than the 5 classes: val_fraction = 0.25"),
+        ({"Sad": 30}, 2, BY_SPEAKER, 0, "three speakers or more, here are {'other': 2}"),
+        ({"Sad": 30}, 4, BY_SPEAKER, 5, "folds = 5: must be at most 4, the number of speakers"),
+        ({"Sad": 6}, 4, {}, 7, "folds = 7: must be at most 6"),
+        ({"Sad": 3}, 3, {"test_fraction": 0, "val_fraction": 0.9}, 0, "1 of 3 clips for training"),
     ],
 )
 def test_too_small_parts_are_refused_with_the_reason(
-    counts: dict[tuple[str, str], int], n_speakers: int, changes: dict[str, Any], n_folds: int, reason: str
+    counts: dict[str, int], n_speakers: int, changes: dict[str, Any], n_folds: int, reason: str
 ) -> None:
+    clips = make_table({("other", emotion): count for emotion, count in counts.items()}, n_speakers)
     with pytest.raises(UserError) as refusal:
-        split(make_table(counts, n_speakers), replace(TINY_CFG, **changes), n_folds=n_folds)
+        split(clips, replace(TINY_CFG, **changes), n_folds=n_folds)
     assert reason in str(refusal.value)
     assert refusal.value.code == 2
 
@@ -228,24 +211,13 @@ def stored(tmp_path: Path) -> tuple[pd.DataFrame, FeatureCache]:
 
 def test_training_draws_one_window_of_each_clip(stored: tuple[pd.DataFrame, FeatureCache]) -> None:
     """Any of its own, sooner or later each of them, and never another clip's."""
-    dataset = EmotionDataset(stored[0], LABELS, stored[1], one_window=True)
-    drawn = []
+    loader = make_train_loader(stored[0], EMOTIONS, stored[1], TINY_CFG, seed=0)
+    seen: dict[int, set[float]] = {0: set(), 1: set(), 2: set()}
     for _ in range(60):
-        features, owner, targets = dataset.__getitems__([2, 0, 1])
-        assert owner.tolist() == [0, 1, 2]
-        assert targets.tolist() == [2, 1, 0]
-        drawn.append(features[:, 0, 0])
-    seen = [sorted(set(column.round(decimals=1).tolist())) for column in torch.stack(drawn).T]
-    assert seen == [pytest.approx([2, 2.1]), pytest.approx([0, 0.1, 0.2]), pytest.approx([1])]
-
-
-def test_evaluation_takes_all_windows(stored: tuple[pd.DataFrame, FeatureCache]) -> None:
-    dataset = EmotionDataset(stored[0], LABELS, stored[1], one_window=False)
-    features, owner, targets = next(iter(DataLoader(dataset, 3, collate_fn=lambda batch: batch)))
-    assert features.shape == (6, *stored[1].shape)
-    assert features[:, -1, -1].tolist() == pytest.approx([0, 0.1, 0.2, 1, 2, 2.1])
-    assert owner.tolist() == [0, 0, 0, 1, 2, 2]
-    assert targets.tolist() == [1, 0, 2]
+        for features, _, targets in loader:
+            for target, value in zip(targets.tolist(), features[:, 0, 0].tolist(), strict=True):
+                seen[target].add(round(value, 1))
+    assert seen == {0: {1.0}, 1: {0.0, 0.1, 0.2}, 2: {2.0, 2.1}}  # the first clip is Sad, the second Angry
 
 
 # ---- augmentation ----------------------------------------------------------------------------------------
@@ -329,37 +301,18 @@ def test_voice_changes_by_up_to_the_fraction_given() -> None:
 # ---- network ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("n_clips", "n_frames"), [(1, 1), (2, 2), (3, 17), (1, 26), (2, 1000)])
-def test_network_takes_any_length(n_clips: int, n_frames: int) -> None:
-    with torch.inference_mode():
-        logits = make_network()(noise(n_clips, n_frames))
-    assert logits.shape == (n_clips, 3)
-    assert logits.isfinite().all()
-
-
-@pytest.mark.parametrize("n_frames", [1, 26])
-def test_clip_alone_has_the_logits_that_it_has_in_a_batch(n_frames: int) -> None:
+@pytest.mark.parametrize("n_frames", [1, 2, 17, 1000])
+def test_clip_of_any_length_alone_has_the_logits_that_it_has_in_a_batch(n_frames: int) -> None:
     network, batch = make_network(), noise(6, n_frames)
     with torch.inference_mode():
+        together = network(batch)
         alone = torch.cat([network(clip[None]) for clip in batch])
-        torch.testing.assert_close(alone, network(batch), rtol=0, atol=1e-5)
+    assert together.shape == (6, 3)
+    assert together.isfinite().all()
+    torch.testing.assert_close(alone, together, rtol=0, atol=1e-5)
 
 
-def test_network_normalises_its_features_itself() -> None:
-    """Features and statistics moved and scaled alike change nothing."""
-    network, batch = make_network(), noise(3, 26)
-    with torch.inference_mode():
-        logits = network(batch)
-        network.mean += 5
-        assert not torch.allclose(network(batch), logits, atol=1e-3)
-        torch.testing.assert_close(network(batch + 5), logits, rtol=0, atol=1e-4)
-        network.mean *= 4
-        network.std *= 4
-        torch.testing.assert_close(network(4 * (batch + 5)), logits, rtol=0, atol=1e-4)
-    assert {"mean", "std"} <= set(network.state_dict())
-
-
-@pytest.mark.parametrize("n_frames", [1, 5, 17, 26])
+@pytest.mark.parametrize("n_frames", [1, 17, 26])
 def test_first_and_last_frame_count(n_frames: int) -> None:
     """Pooling must not drop the last frame of an odd number."""
     batch = noise(2, n_frames).requires_grad_()
@@ -385,7 +338,7 @@ def test_ensemble_gives_the_mean_of_probabilities() -> None:
     members = [make_network(seed=seed) for seed in range(3)]
     with torch.inference_mode():
         shares = torch.stack([member(noise(4, 26)).softmax(dim=1) for member in members])
-        together = EmotionEnsemble(make_mfcc(), members)(noise(4, 26))
+        together = EmotionEnsemble(make_mfcc(TINY_CFG), members)(noise(4, 26))
     assert (shares[0] - shares[1]).abs().max() > 1e-3
     torch.testing.assert_close(together, shares.mean(dim=0))
 
@@ -393,9 +346,31 @@ def test_ensemble_gives_the_mean_of_probabilities() -> None:
 def test_mean_over_windows_is_a_mean_per_clip() -> None:
     windows = torch.tensor([[1.0, 0.0], [0.2, 0.8], [0.4, 0.6], [0.5, 0.5]])
     expected = torch.tensor([[0.3, 0.7], [1.0, 0.0], [0.5, 0.5]])
-    owner = torch.tensor([1, 0, 0, 2])
-    for order in map(list, itertools.permutations(range(4))):
-        torch.testing.assert_close(mean_over_windows(windows[order], owner[order], 3), expected)
+    torch.testing.assert_close(mean_over_windows(windows, torch.tensor([1, 0, 0, 2]), 3), expected)
+
+
+def test_temperature_scaling_takes_the_root_of_probabilities() -> None:
+    """As dividing the logits by it does: the label stays, 0 and 1 are no trouble."""
+    before = torch.tensor([[0.64, 0.36, 0.0], [1.0, 0.0, 0.0]])
+    torch.testing.assert_close(calibrate(before, 1.0), before)
+    torch.testing.assert_close(
+        calibrate(before, 2.0)[0], torch.tensor([0.8, 0.6, 0.0]) / 1.4, atol=1e-5, rtol=0
+    )
+    assert calibrate(before, 0.5)[0, 0] > 0.75
+    assert calibrate(before, 3.0)[1].argmax() == 0
+
+
+def test_cepstral_mean_normalisation_hides_what_is_constant_in_a_window() -> None:
+    """But for the first coefficient, the loudness."""
+    network, features = make_network(), noise(4, 24)
+    voice = torch.randn(4, TINY_CFG.n_features, 1, generator=torch.Generator().manual_seed(2))
+    voice[:, 0] = voice[:, TINY_CFG.n_mfcc :] = 0
+    with torch.inference_mode():
+        assert not torch.allclose(network(features), network(features + voice), atol=1e-2)
+        network.cmn[1 : TINY_CFG.n_mfcc] = 1
+        torch.testing.assert_close(network(features), network(features + voice), atol=1e-4, rtol=0)
+        features[:, 0] += 1
+        assert not torch.allclose(network(features), network(features - 1), atol=1e-2)
 
 
 def test_missing_device_is_refused_by_name() -> None:
@@ -409,52 +384,37 @@ def test_missing_device_is_refused_by_name() -> None:
 # ---- checkpoint ------------------------------------------------------------------------------------------
 
 
-def make_checkpoint() -> Checkpoint:
-    """A checkpoint of two networks with something in every field."""
-    return Checkpoint(
-        config=replace(TINY_CFG, ensemble=2),
-        labels=LABELS,
-        mfcc=dict(make_mfcc().state_dict()),
-        members=[make_network(seed=seed).state_dict() for seed in range(2)],
-        epochs=[7, 9],
-        n_clips={"Angry": 3, "Sad": 2, "Suprised": 1},
-        versions={"python": "3.11.0", "torch": "2.13.0"},
-        run="2026-01-02-030405",
-    )
-
-
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    """A checkpoint file."""
-    save_checkpoint(tmp_path / "best.pth", make_checkpoint())
-    return tmp_path / "best.pth"
+def saved(trained: Trained, tmp_path: Path) -> Path:
+    """A checkpoint file, to do with as one likes."""
+    return Path(shutil.copy(trained.cfg.checkpoint, tmp_path))
 
 
 def test_checkpoint_comes_back_as_it_was_saved(saved: Path) -> None:
     """Fields and predictions, from the wave on: it brings the constants of its features along."""
-    before = make_checkpoint()
+    before, straight = load_checkpoint(saved)
+    save_checkpoint(saved, before)
     after, model = load_checkpoint(saved)
-    for name in ("config", "labels", "epochs", "n_clips", "versions", "run"):
+    for name in ("config", "labels", "epochs", "n_clips", "versions", "run", "summary"):
         assert getattr(after, name) == getattr(before, name)
-    straight = build_ensemble(before)
     assert not model.training
     waves = torch.randn(2, TINY_CFG.n_samples, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         assert torch.equal(model(model.mfcc(waves)), straight(straight.mfcc(waves)))
-    assert before.summary == "2 networks trained on 6 clips of 3 classes"
 
 
 def test_file_of_half_precision_gives_the_same_labels(saved: Path) -> None:
+    """As README makes the bundled model."""
     full, model = load_checkpoint(saved)
-    halves = [{n: v.half() if v.is_floating_point() else v for n, v in m.items()} for m in full.members]
-    save_checkpoint(saved.with_name("half.pth"), replace(full, members=halves))
-    small = load_checkpoint(saved.with_name("half.pth"))[1]
-    assert saved.with_name("half.pth").stat().st_size < saved.stat().st_size
+    halves = [{n: v.half() if v.ndim > 1 else v for n, v in member.items()} for member in full.members]
+    save_checkpoint(saved, replace(full, members=halves))
+    rounded_model = load_checkpoint(saved)[1]
     with torch.inference_mode():
-        exact, rounded = model(noise(50, 26)), small(noise(50, 26))
+        exact, rounded = model(noise(50, 26)), rounded_model(noise(50, 26))
     assert rounded.dtype == torch.float32
-    torch.testing.assert_close(rounded, exact, rtol=0, atol=5e-3)
-    clear = exact.topk(2).values.diff().abs()[:, 0] > 0.01
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0, atol=2e-2)
+    clear = exact.topk(2).values.diff().abs()[:, 0] > 0.04
     assert clear.sum() > 10
     assert torch.equal(rounded.argmax(dim=1)[clear], exact.argmax(dim=1)[clear])
 
@@ -470,45 +430,42 @@ class Hostile:
         return Path.mkdir, (self.marker,)  # type: ignore[return-value]
 
 
+def change(path: Path, **fields: Any) -> None:
+    """Write other fields into a checkpoint."""
+    save_tensors(path, {**torch.load(path, weights_only=True), **fields})
+
+
 def flip_a_bit_of_a_weight(path: Path) -> None:
     """Torch itself loads such a file without a word."""
+    weights = load_checkpoint(path)[0].members[1]["gru.weight_ih_l0"].numpy().tobytes()
     content = bytearray(path.read_bytes())
-    weights = make_checkpoint().members[1]["gru.weight_ih_l0"].numpy().tobytes()
-    place = content.find(weights)
-    assert place > 0
-    content[place + 10] ^= 4
+    content[content.index(weights) + 10] ^= 4
     path.write_bytes(content)
+
+
+def make_network_another(path: Path) -> None:
+    full, _ = load_checkpoint(path)
+    save_checkpoint(path, replace(full, config=replace(full.config, gru_hidden=6)))
+
+
+def make_weights_nan(path: Path) -> None:
+    full, _ = load_checkpoint(path)
+    save_checkpoint(path, replace(full, members=[{**full.members[0], "std": torch.tensor(np.nan)}]))
 
 
 DAMAGE: dict[str, Callable[[Path], object]] = {
     "missing": Path.unlink,
     "empty": lambda path: path.write_bytes(b""),
     "garbage": lambda path: path.write_bytes(bytes(range(256)) * 40),
-    "text": lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-    **{
-        f"cut at {share}": lambda path, share=share: path.write_bytes(  # type: ignore[misc]
-            path.read_bytes()[: int(share * path.stat().st_size)]
-        )
-        for share in (0.1, 0.5, 0.9, 0.999)
-    },
+    "cut late": lambda path: os.truncate(path, path.stat().st_size - 9),
     "flipped bit": flip_a_bit_of_a_weight,
-    "other version": lambda path: save_tensors(
-        path, {**torch.load(path, weights_only=True), "version": VERSION - 1}
-    ),
+    "other version": lambda path: change(path, version=VERSION - 1),
+    "settings of another version": lambda path: change(path, config={"n_mfcc": 8}),
+    "another network": make_network_another,
+    "diverged": make_weights_nan,
     "a state dict": lambda path: torch.save(make_network().state_dict(), path),
-    "a module": lambda path: torch.save(make_network(), path),
     "hostile": lambda path: torch.save({"version": VERSION, "run": Hostile(path.with_name("marker"))}, path),
     "hostile pickle": lambda path: path.write_bytes(pickle.dumps(Hostile(path.with_name("marker")))),
-    "settings of another version": lambda path: save_tensors(
-        path, {**torch.load(path, weights_only=True), "config": {"n_mfcc": 8}}
-    ),
-    "another network": lambda path: save_checkpoint(
-        path, replace(make_checkpoint(), config=replace(TINY_CFG, ensemble=2, gru_hidden=6))
-    ),
-    "diverged": lambda path: save_checkpoint(
-        path,
-        replace(make_checkpoint(), members=[{**make_network().state_dict(), "std": torch.tensor(np.nan)}]),
-    ),
 }
 
 
@@ -529,12 +486,12 @@ def test_bad_checkpoint_is_refused_in_one_line(damage: Callable[[Path], object],
 
 def test_failed_save_leaves_the_old_file(saved: Path) -> None:
     """Under a limit on the size of files, as on a full disk; and nothing half written beside it."""
-    resource = pytest.importorskip("resource")
+    checkpoint, _ = load_checkpoint(saved)
     old, limits = saved.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(old) // 2, limits[1]))
     try:
         with pytest.raises(OSError, match="File too large") as fault:
-            save_checkpoint(saved, make_checkpoint())
+            save_checkpoint(saved, checkpoint)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert fault.value.filename == str(saved)
