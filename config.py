@@ -48,7 +48,7 @@ class Config:
 
     # ---- network ----------------------------------------------------------------------------------------
     ensemble: int = 8  # networks, each trained from its own seed; their probabilities are averaged
-    cmn: str = "alternate"  # cepstral mean normalisation: in none, all, or every second network (alternate)
+    cmn: str = "alternate"  # cepstral mean normalisation in none, all, or every second of the networks
     conv_channels: int = 128  # channels of the first convolution; each further block has half as many more
     conv_blocks: int = 3  # convolution blocks; each halves the number of frames
     conv_kernel: int = 5  # frames under a convolution kernel
@@ -142,12 +142,12 @@ class Config:
 
 # Where and on what to run: these are never part of a trained model.
 RUNTIME_FIELDS = frozenset(
-    "data_dir test_dir cache_dir run_dir checkpoint submission batch_size device num_workers".split()
+    "data_dir test_dir cache_dir run_dir checkpoint submission manifest batch_size device num_workers".split()
 )
 # What shapes features and network: inference takes it from the checkpoint, whatever config.py says.
 MODEL_FIELDS = frozenset(
     "sample_rate duration n_mfcc n_fft hop_length n_mels "
-    "ensemble conv_channels conv_blocks conv_kernel gru_hidden gru_layers".split()
+    "ensemble cmn conv_channels conv_blocks conv_kernel gru_hidden gru_layers".split()
 )
 # Where a demo reads and writes: beside everything real, so that it can neither replace nor shadow it.
 DEMO = {

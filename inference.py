@@ -7,7 +7,7 @@ python inference.py a.wav clips/ ...   files, folders, patterns -> a CSV with pr
 from config import MODEL_FIELDS, RUNTIME_FIELDS, Config, UserError, make_parser, note, parse, printable, run
 
 if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imports
-    parser = make_parser(__doc__, RUNTIME_FIELDS - {"run_dir", "cache_dir", "batch_size"})
+    parser = make_parser(__doc__, RUNTIME_FIELDS - {"run_dir", "cache_dir", "batch_size", "manifest"})
     parser.add_argument("paths", nargs="*", help="files, folders or patterns; none: the test folder")
     parser.add_argument("--fill", default="", help="label for test clips that cannot be read; else an error")
     ARGS = parse(parser)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import glob
 import io
+import math
 import os
 import time
 import warnings
@@ -31,8 +32,8 @@ def split(
 ) -> "pd.Series[str]":
     """The part of each clip, train, val or test, drawn at random: all that is fitted is fitted to train.
 
-    The networks of an ensemble have the same test part, but each validates on clips of its own: so together
-    they train on all the others.
+    The networks of an ensemble have the same test part, but each draws its own clips to validate on, so that
+    several together train on nearly all the others.
 
     By clip, each class of each corpus is divided alike; by speaker, the speakers of each corpus are, and a
     corpus of fewer than three stays in training as a whole. Clips with the same audio are never divided.
@@ -65,7 +66,7 @@ def split(
     part = pd.Series("train", index=groups.index)
     part[test], part[val] = "test", "val"
     parts = units.unit.map(part)
-    _check_parts(clips, parts, cfg)
+    _check_parts(clips, parts, cfg, member)
     return parts
 
 
@@ -100,23 +101,24 @@ def _draw(groups: "pd.Series[str]", fraction: float, seed: int) -> "pd.Index[str
     return pd.Index(drawn, dtype=object)
 
 
-def _check_parts(clips: pd.DataFrame, parts: "pd.Series[str]", cfg: Config) -> None:
+def _check_parts(clips: pd.DataFrame, parts: "pd.Series[str]", cfg: Config, member: int) -> None:
     emotions = clips.emotion.nunique()
     counts = parts.value_counts()
     if counts.get("val", 0) < emotions:
         why = f"val_fraction = {cfg.val_fraction}: raise it or add clips"
         if cfg.split == "speaker":
             speakers = clips.groupby("corpus").speaker.nunique()
-            why = f"a corpus needs three speakers or more, here are {speakers.to_dict()}: use --split random"
+            why = f"a corpus needs three speakers or more, here are {speakers.to_dict()}"
+            why += ", with clips of all classes if possible: try another --seed, or --split random"
         raise UserError(
-            f"{counts.get('val', 0)} of {len(clips)} clips for validation, "
+            f"network {member}: {counts.get('val', 0)} of {len(clips)} clips for validation, "
             f"fewer than the {emotions} classes: {why}"
         )
     if counts.get("train", 0) < 2:
         raise UserError(f"{counts.get('train', 0)} of {len(clips)} clips for training: lower the fractions")
     for part in ("train", "val", "test"):
         absent = set(clips.emotion) - set(clips.emotion[parts == part])
-        if absent and part in counts:
+        if absent and part in counts and member == 1:  # one warning is enough
             note(f"warning: no clip of {', '.join(sorted(absent))} in {part}: too few clips")
 
 
@@ -223,9 +225,9 @@ class EmotionCNNGRU(nn.Module):
         # as much as the loudness contour, which costs accuracy (assets/experiments.md).
         self.mean = nn.Buffer(torch.zeros(cfg.n_features, 1))
         self.std = nn.Buffer(torch.ones(()))
-        # 1 for the rows of which each window's own mean is taken away: cepstral mean normalisation (CMN; Atal
-        # 1974, J. Acoust. Soc. Am. 55:1304). It hides voice and microphone, so that networks with and without
-        # it err differently, most of all on new speakers.
+        # 1 for the rows of which each window's own mean is taken away, all MFCC but the first (loudness):
+        # cepstral mean normalisation (CMN; Atal 1974, J. Acoust. Soc. Am. 55:1304). It hides voice and
+        # microphone, so that networks with and without it err differently, most of all on new speakers.
         self.cmn = nn.Buffer(torch.zeros(cfg.n_features, 1))
         widths = [cfg.n_features, *(cfg.conv_channels * (2 + block) // 2 for block in range(cfg.conv_blocks))]
         # Over time alone, but as images of one line: PyTorch has faster kernels for these.
@@ -291,10 +293,10 @@ class EmotionEnsemble(nn.Module):
         return torch.stack([member(features).softmax(dim=1) for member in self.members]).mean(dim=0)
 
 
-def calibrate(probabilities: Tensor, temperature: float) -> Tensor:
+def calibrate(probabilities: Tensor, temperature: float | Tensor) -> Tensor:
     """Temperature scaling (Guo et al. 2017, arXiv:1706.04599) of probabilities (N, C), for honest confidence.
 
-    Above 1 they come closer to each other; their order, and so the label, stays.
+    Above 1 they come closer to each other; their order, and so the label, stays. One temperature, or (N, 1).
     """
     return (probabilities.clamp(min=1e-12).log() / temperature).softmax(dim=1)
 
@@ -461,10 +463,13 @@ def load_checkpoint(path: Path) -> tuple[Checkpoint, EmotionEnsemble]:
         checkpoint = Checkpoint(**{**content, "config": Config.from_dict(content["config"])})
         for label in checkpoint.labels:
             check_csv_name(label)
+        n_clips, temperature = sum(checkpoint.n_clips.values()), float(checkpoint.temperature)
         model = build_ensemble(checkpoint)
     except (UserError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} is no trained model of this version: {reason}") from None
+    if not (model.members and n_clips and 0 < temperature < math.inf):
+        raise UserError(f"checkpoint {path} is no trained model: no networks, no clips or no temperature")
     if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
         raise UserError(f"checkpoint {path} cannot be used: its weights are not finite")
     return checkpoint, model

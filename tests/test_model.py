@@ -1,5 +1,6 @@
 """Split, dataset, augmentation, network, ensemble, and the checkpoint file: damaged or hostile ones too."""
 
+import copy
 import os
 import pickle
 import resource
@@ -296,6 +297,17 @@ def test_voice_changes_by_up_to_the_fraction_given() -> None:
         resolution = hertz[band + 1] / hertz[band]
         assert 1 / 1.2 / resolution <= found.min() < 0.9
         assert 1.1 < found.max() <= 1.2 * resolution
+
+
+def test_augmentation_and_network_move_to_another_device() -> None:
+    """Every constant of theirs; "meta" stands for a GPU, which few machines have."""
+    for module in (
+        Augment(make_mfcc(TINY_CFG), TINY_CFG),
+        EmotionEnsemble(make_mfcc(TINY_CFG), [make_network()]),
+    ):
+        moved = copy.deepcopy(module).to("meta")
+        assert {value.device.type for value in moved.state_dict().values()} == {"meta"}
+        moved(noise(2, TINY_CFG.n_frames).to("meta"))
 
 
 # ---- network ---------------------------------------------------------------------------------------------

@@ -93,7 +93,14 @@ def test_fitted_temperature_is_the_one_that_the_labels_were_drawn_with() -> None
     generator = torch.Generator().manual_seed(0)
     logits = 4 * torch.randn(20_000, 3, generator=generator)
     targets = torch.multinomial((logits / 2).softmax(dim=1), 1, generator=generator).flatten()
-    assert train.fit_temperature(logits.softmax(dim=1), targets) == pytest.approx(2, rel=0.05)
+    ones = torch.ones(20_000, 1)
+    assert train.fit_temperature(logits.softmax(dim=1), targets, ones) == pytest.approx(2, rel=0.05)
+
+
+def test_few_validation_clips_that_are_all_right_make_no_model_certain() -> None:
+    probabilities = torch.tensor([[0.6, 0.2, 0.2]] * 7)
+    temperature = train.fit_temperature(probabilities, torch.zeros(7, dtype=torch.long), torch.ones(7, 1))
+    assert 0.3 < temperature < 1
 
 
 # ---- one network -----------------------------------------------------------------------------------------
