@@ -463,13 +463,13 @@ def load_checkpoint(path: Path) -> tuple[Checkpoint, EmotionEnsemble]:
         checkpoint = Checkpoint(**{**content, "config": Config.from_dict(content["config"])})
         for label in checkpoint.labels:
             check_csv_name(label)
-        n_clips, temperature = sum(checkpoint.n_clips.values()), float(checkpoint.temperature)
+        is_whole = bool(checkpoint.members and checkpoint.summary) and 0 < checkpoint.temperature < math.inf
         model = build_ensemble(checkpoint)
     except (UserError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} is no trained model of this version: {reason}") from None
-    if not (model.members and n_clips and 0 < temperature < math.inf):
-        raise UserError(f"checkpoint {path} is no trained model: no networks, no clips or no temperature")
+    if not is_whole:
+        raise UserError(f"checkpoint {path} is no trained model: it has no networks or no temperature")
     if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
         raise UserError(f"checkpoint {path} cannot be used: its weights are not finite")
     return checkpoint, model
