@@ -170,7 +170,9 @@ def outcome(home: Path) -> dict[str, Any]:
     history = pd.read_csv(home / "run" / "history.csv", dtype=str).drop(columns="seconds")
     content = {"epochs": best["epochs"], "clips": best["n_clips"], "history": history.to_csv(index=False)}
     for number, weights in enumerate([best["mfcc"], *best["members"]]):
-        content |= {f"{number} {name}": tensor.numpy().tobytes() for name, tensor in weights.items()}
+        content |= {
+            f"{number} {name}": tensor.to_dense().numpy().tobytes() for name, tensor in weights.items()
+        }
     files = (home / "submission.csv", home / "run" / "predictions.csv")
     return content | {file.name: file.read_text() for file in files}
 
