@@ -42,13 +42,13 @@ def split(
     Raises:
         UserError: Parts would be too small, or a speaker is not known.
     """
-    from sklearn.model_selection import StratifiedKFold  # noqa: PLC0415 - takes seconds
-
     units = _split_units(clips, cfg)
     groups = units.drop_duplicates("unit").set_index("unit").stratum
     # By file name, so that the same clips in other folders get the same parts.
     groups = groups.loc[sorted(groups.index, key=lambda unit: (Path(unit).name, unit))]
     if n_folds:
+        from sklearn.model_selection import StratifiedKFold  # noqa: PLC0415 - takes seconds
+
         unit = {"random": "clip", "speaker": "speaker"}[cfg.split]
         if n_folds > len(groups):
             raise UserError(f"folds = {n_folds}: must be at most {len(groups)}, the number of {unit}s")

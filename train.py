@@ -449,6 +449,7 @@ def describe_split(clips: pd.DataFrame, cfg: Config) -> str:
     heard = speakers.get("test", set()) | speakers["val"]
     shared = f", {len(heard & speakers['train'])} of the {len(heard)} speakers in val and test also in train"
     how = {"random": "split at random", "speaker": "split by speaker"}[cfg.split]
+    how += ", val drawn anew for each network" if cfg.ensemble > 1 else ""
     return f"{clips.emotion.nunique()} classes; {sizes} clips, {how}" + (shared if heard else "")
 
 
@@ -604,8 +605,8 @@ def fit_temperature(probabilities: Tensor, targets: Tensor, n_networks: Tensor) 
 
     n_clips, n_classes = probabilities.shape
     logits = probabilities.clamp(min=1e-12).log() / softening(n_networks)
-    # As if there were one clip more, of all classes alike (after Platt 1999): a few clips that all happen to
-    # be right must not make the model certain.
+    # Targets smoothed by as much as one more clip of each class would (after Platt 1999): a few clips that
+    # all happen to be right must not make the model certain.
     smoothing = n_classes / (n_clips + n_classes)
 
     def loss(temperature: float) -> float:
@@ -628,13 +629,11 @@ def report(
     run_dir = Path(cfg.run_dir)
     model = build_ensemble(checkpoint).to(resolve_device(cfg.device))
     cache = FeatureCache(cfg, mfcc)
-    history = pd.read_csv(run_dir / "history.csv")
     metrics: dict[str, Any] = {
         "run": checkpoint.run,
         "split": describe_split(clips, cfg),
         "epochs": checkpoint.epochs,
         "temperature": checkpoint.temperature,
-        "network_minutes": round(history.seconds.sum() / 60, 2),  # of networks that train side by side
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "config": asdict(cfg),
     }

@@ -95,6 +95,9 @@ def test_fitted_temperature_is_the_one_that_the_labels_were_drawn_with() -> None
     targets = torch.multinomial((logits / 2).softmax(dim=1), 1, generator=generator).flatten()
     ones = torch.ones(20_000, 1)
     assert train.fit_temperature(logits.softmax(dim=1), targets, ones) == pytest.approx(2, rel=0.05)
+    # Had these been means of eight networks, one of them alone would need more.
+    eight = train.fit_temperature(logits.softmax(dim=1), targets, 8 * ones)
+    assert eight * train.softening(8) == pytest.approx(2, rel=0.05)
 
 
 def test_few_validation_clips_that_are_all_right_make_no_model_certain() -> None:
