@@ -46,6 +46,8 @@ class Config:
     hop_length: int = 512  # samples from frame to frame, 23 ms at 22,050 Hz
     n_mels: int = 128  # mel bands under the cepstrum
 
+    recordings: str = "same"  # to be labelled: same, as the training clips; any, of any loudness and quality
+
     # ---- network ----------------------------------------------------------------------------------------
     ensemble: int = 8  # networks, each trained from its own seed; their probabilities are averaged
     cmn: str = "alternate"  # cepstral mean normalisation in none, all, or every second of the networks
@@ -147,7 +149,7 @@ RUNTIME_FIELDS = frozenset(
 # What shapes features and network: inference takes it from the checkpoint, whatever config.py says.
 MODEL_FIELDS = frozenset(
     "sample_rate duration n_mfcc n_fft hop_length n_mels "
-    "ensemble cmn conv_channels conv_blocks conv_kernel gru_hidden gru_layers".split()
+    "ensemble recordings cmn conv_channels conv_blocks conv_kernel gru_hidden gru_layers".split()
 )
 # Where a demo reads and writes: beside everything real, so that it can neither replace nor shadow it.
 DEMO = {
@@ -178,6 +180,7 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "learning_rate duration": (lambda v: 0 < v < float("inf"), "above 0"),
     "weight_decay shift": (lambda v: 0 <= v < float("inf"), "at least 0"),
     "cmn": (lambda v: v in {"none", "all", "alternate"}, "none, all or alternate"),
+    "recordings": (lambda v: v in {"same", "any"}, "same or any"),
     "split": (lambda v: v in {"random", "speaker"}, "random or speaker"),
     "precision": (lambda v: v in {"auto", "float32", "bfloat16"}, "auto, float32 or bfloat16"),
     "device": (

@@ -9,7 +9,7 @@ import os
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -184,6 +184,7 @@ class Augment(nn.Module):
             place = np.interp(librosa.hz_to_mel(hertz), mels, bands)
             warps.append(dct @ np.maximum(0, 1 - np.abs(place[:, None] - bands)) @ dct.T)
         self.warps = nn.Buffer(torch.from_numpy(np.stack(warps).astype(np.float32)))
+        self.degrade = Degrade(cfg) if cfg.recordings == "any" else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, 3 * n_mfcc, T) float32, any device -> the same shape, each clip changed otherwise.
@@ -204,7 +205,101 @@ class Augment(nn.Module):
         between = (place - left).clamp(0, 1)[:, None]
         moved = torch.lerp(mfcc.gather(2, index), mfcc.gather(2, index + 1), between)
         inside = (place >= 0) & (place <= n_frames - 1)
-        return self.mfcc.add_deltas(torch.where(inside[:, None], moved, silence))
+        return self.mfcc.add_deltas(self.degrade(torch.where(inside[:, None], moved, silence)))
+
+
+class Degrade(nn.Module):
+    """Record clips worse, at random: in a room, with noise or other voices, through a telephone.
+
+    The inverse DCT of a cepstrum is a smooth spectrum, here in n_mfcc bands. In it noise and echo are powers
+    that add up, filters are factors, and the difference goes back through the DCT, so that what so few
+    coefficients cannot hold stays as it was. The level needs no augmentation, since the network does not hear
+    it (EmotionCNNGRU).
+    """
+
+    RATE = 0.7  # of the clips that are changed
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        import librosa  # noqa: PLC0415
+        import scipy.fft  # noqa: PLC0415
+
+        n_bands = cfg.n_mfcc
+        dct = scipy.fft.dct(np.eye(n_bands), norm="ortho", axis=0) * math.sqrt(cfg.n_mels / n_bands)
+        self.dct = nn.Buffer(torch.from_numpy(dct.astype(np.float32)))  # (n_mfcc, n_bands)
+        self.to_bands = nn.Buffer(torch.from_numpy(np.linalg.inv(dct).astype(np.float32)))
+        mels = np.linspace(0, librosa.hz_to_mel(cfg.sample_rate / 2), 2 * n_bands + 1)
+        hertz, width = librosa.mel_to_hz(mels[1::2]), np.diff(librosa.mel_to_hz(mels[::2]))  # of the bands
+        self.octaves = nn.Buffer(torch.from_numpy(np.log2(hertz / 1000).astype(np.float32))[:, None])
+        self.width = nn.Buffer(torch.from_numpy((width / width.sum()).astype(np.float32))[:, None])
+        # The power of noise in a band varies from frame to frame, the less the more bins a band has.
+        bins = np.maximum(width * cfg.n_fft / cfg.sample_rate, 1)
+        self.ripple = nn.Buffer(torch.from_numpy((4.3 / np.sqrt(bins)).astype(np.float32))[:, None])
+        frames = torch.arange(cfg.n_frames)
+        self.age = nn.Buffer((frames[None] - frames[:, None]).float() * cfg.hop_length / cfg.sample_rate)
+
+    def forward(self, mfcc: Tensor) -> Tensor:
+        """MFCC (B, n_mfcc, T) float32 -> the same shape."""
+        chosen = (torch.rand(len(mfcc), device=mfcc.device) < self.RATE).nonzero().flatten()
+        before = self.to_bands @ mfcc[chosen]  # dB, (B', bands, T)
+        if not len(chosen):
+            return mfcc
+        loudest = before.amax(dim=(1, 2), keepdim=True)
+        silent = before.amax(dim=1, keepdim=True) < loudest - 70  # frames of padding
+        power = 10 ** ((before - loudest) / 10)
+        power = self._add_noise(self._add_echo(power))
+        decibels = 10 * power.clamp(min=1e-12).log10() + self._filter(power)
+        floor = decibels.amax(dim=(1, 2), keepdim=True) - self._uniform(power, 35, 80)  # of the microphone
+        decibels = torch.logaddexp(decibels * 0.23, floor * 0.23) / 0.23
+        decibels = decibels.maximum(decibels.amax(dim=(1, 2), keepdim=True) - 80) + loudest
+        # Noise ends where the recording ends, but for some that are as long as the window.
+        silent &= self._sometimes(power, 0.7)
+        change = torch.where(silent, 0.0, decibels - before)
+        return mfcc.index_add(0, chosen, self.dct @ change)
+
+    def _uniform(self, like: Tensor, low: float, high: float) -> Tensor:
+        """A random number for each clip, (B, 1, 1)."""
+        return low + (high - low) * torch.rand(len(like), 1, 1, device=like.device)
+
+    def _sometimes(self, like: Tensor, rate: float) -> Tensor:
+        """True for so many of the clips, (B, 1, 1)."""
+        return torch.rand(len(like), 1, 1, device=like.device) < rate
+
+    def _bumps(self, like: Tensor) -> Tensor:
+        """A random curve of about 3 dB, smooth over the bands, for each clip: (B, bands, 1)."""
+        waves = self.dct[1:5]
+        return 5 * (torch.randn(len(like), 1, len(waves), device=like.device) @ waves).mT
+
+    def _add_echo(self, power: Tensor) -> Tensor:
+        """In a third of the clips a room that falls by 60 dB in 0.15 to 0.8 s."""
+        rate = 13.8 / self._uniform(power, 0.15, 0.8)
+        echo = torch.where(self.age > 0, torch.exp(-rate * self.age.clamp(min=0)), 0.0)  # (B, T, T)
+        echo = echo / echo.sum(dim=2, keepdim=True).amax(dim=1, keepdim=True)
+        level = 10 ** (self._uniform(power, -12, 3) / 10) * self._sometimes(power, 0.33)
+        return power + level * (power @ echo)
+
+    def _add_noise(self, power: Tensor) -> Tensor:
+        """In seven of ten clips noise of any colour, or other voices of the batch, 0 to 40 dB below."""
+        frames = (self.width * power).sum(dim=1, keepdim=True)
+        heard = frames > 1e-4 * frames.amax(dim=2, keepdim=True)
+        signal = (frames * heard).sum(dim=2, keepdim=True) / heard.sum(dim=2, keepdim=True)
+        colour = self._bumps(power) - 3 * self._uniform(power, 0, 2) * self.octaves  # dB
+        steady = 10 ** ((colour + self.ripple * torch.randn_like(power)) / 10)
+        voices = power.roll(1, 0) + power.roll((2, 40), (0, 2)) + power.roll((3, 80), (0, 2))
+        noise = torch.where(self._sometimes(power, 0.67), steady, voices)
+        noise = noise / (self.width * noise).sum(dim=1, keepdim=True).mean(dim=2, keepdim=True)
+        snr = self._uniform(power, 0, 40)
+        return power + noise * signal * 10 ** (-snr / 10) * self._sometimes(power, 0.7)
+
+    def _filter(self, power: Tensor) -> Tensor:
+        """A microphone's response, and in some clips a low-pass or high-pass filter: dB, (B, bands, 1)."""
+        low = self._uniform(power, 1.3, 3.4)  # octaves above 1 kHz: 2.5 to 11 kHz
+        high = self._uniform(power, -4, -1)  # 60 to 500 Hz
+        cut_low = (self.octaves - low).clamp(min=0) * self._uniform(power, 24, 150)
+        cut_high = (high - self.octaves).clamp(min=0) * self._uniform(power, 12, 60)
+        cut_low = torch.where(self._sometimes(power, 0.5), cut_low, 0.0)
+        cut_high = torch.where(self._sometimes(power, 0.5), cut_high, 0.0)
+        return self._bumps(power) - cut_low - cut_high
 
 
 # ---- network ---------------------------------------------------------------------------------------------
@@ -229,6 +324,9 @@ class EmotionCNNGRU(nn.Module):
         # cepstral mean normalisation (CMN; Atal 1974, J. Acoust. Soc. Am. 55:1304). It hides voice and
         # microphone, so that networks with and without it err differently, most of all on new speakers.
         self.cmn = nn.Buffer(torch.zeros(cfg.n_features, 1))
+        # 1 for the row from which the level of the loudest frame is taken away, the first, where loudness
+        # must not decide.
+        self.level = nn.Buffer(torch.zeros(cfg.n_features, 1))
         widths = [cfg.n_features, *(cfg.conv_channels * (2 + block) // 2 for block in range(cfg.conv_blocks))]
         # Over time alone, but as images of one line: PyTorch has faster kernels for these.
         self.conv = nn.Sequential(
@@ -264,7 +362,7 @@ class EmotionCNNGRU(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, F, T) float32, as MFCC gives them -> logits (B, C) float32."""
-        x = (features - self.mean) / self.std  # (B, F, T)
+        x = (self.remove_level(features) - self.mean) / self.std  # (B, F, T)
         x = x - self.cmn * x.mean(dim=2, keepdim=True)
         x = x[:, :, None].to(memory_format=torch.channels_last)  # (B, F, 1, T)
         x = self.conv(x)[:, :, 0]  # (B, channels, T / 2 ** conv_blocks)
@@ -276,6 +374,47 @@ class EmotionCNNGRU(nn.Module):
         pooled = torch.cat([mean, std, states.amax(dim=1)], dim=1)  # (B, 6 * gru_hidden)
         return self.head(pooled).float()  # type: ignore[no-any-return] # nn.Module is Any
 
+    def remove_level(self, features: Tensor) -> Tensor:
+        """Features without the level of the loudest frame, if this network does not hear it."""
+        return features - self.level * features.amax(dim=2, keepdim=True)
+
+
+class Distance(nn.Module):
+    """How far a window is from the speech of the training data; 1 is the limit of what is usual there.
+
+    The Mahalanobis distance (as Lee et al. 2018, arXiv:1807.03888, use it) of means and stds over time of the
+    first half of the MFCC. Silence, noise, tones and music lie beyond the limit, and much of what is recorded
+    in another way. The level counts only where the networks hear it.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.n_rows, self.hears_level = max(1, cfg.n_mfcc // 2), cfg.recordings == "same"
+        self.mean = nn.Buffer(torch.zeros(2 * self.n_rows))
+        self.whiten = nn.Buffer(torch.eye(2 * self.n_rows))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (W, F, T) -> distances (W, 1)."""
+        away: Tensor = (self._statistics(features) - self.mean) @ self.whiten
+        return away.square().sum(dim=1, keepdim=True).sqrt()
+
+    def _statistics(self, features: Tensor) -> Tensor:
+        mfcc = features[:, : self.n_rows]
+        means = mfcc.mean(dim=2)
+        if not self.hears_level:
+            means = torch.cat([means[:, :1] - mfcc[:, 0].amax(dim=1, keepdim=True), means[:, 1:]], dim=1)
+        return torch.cat([means, mfcc.std(dim=2)], dim=1)
+
+    def fit(self, train: Iterable[Tensor], val: Iterable[Tensor]) -> None:
+        """Learn from batches of training windows; all but 1.5 % of the validation windows are within 1."""
+        statistics = torch.cat([self._statistics(features) for features in train]).double()
+        covariance = statistics.T.cov()
+        covariance += (1e-3 * covariance.diag() + 1e-3).diag()  # one row may follow from others
+        self.mean.copy_(statistics.mean(dim=0))
+        self.whiten.copy_(torch.linalg.inv(torch.linalg.cholesky(covariance)).T)
+        limit = torch.cat([self(features) for features in val]).quantile(0.985)
+        self.whiten.div_(limit.clamp(min=1e-3))
+
 
 class EmotionEnsemble(nn.Module):
     """Networks whose probabilities are averaged, and the features they were trained on.
@@ -284,9 +423,16 @@ class EmotionEnsemble(nn.Module):
     and Machine Intelligence 12:993).
     """
 
-    def __init__(self, mfcc: MFCC, members: Sequence[nn.Module], temperature: float = 1.0) -> None:
+    def __init__(
+        self,
+        mfcc: MFCC,
+        members: Sequence[nn.Module],
+        temperature: float = 1.0,
+        distance: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.mfcc, self.members, self.temperature = mfcc, nn.ModuleList(members), temperature
+        self.distance = distance or nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, F, T) of windows -> probabilities (B, C) float32, not calibrated."""
@@ -368,7 +514,7 @@ def torchrun(cfg: Config) -> Iterator[None]:
 
 # ---- checkpoint ------------------------------------------------------------------------------------------
 
-VERSION = 4  # of the file's layout
+VERSION = 5  # of the file's layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,6 +527,7 @@ class Checkpoint:
     members: list[dict[str, Tensor]]  # state of each network, mean and std of the features included
     epochs: list[int]  # the epoch that each network is of
     temperature: float  # of calibrate()
+    distance: dict[str, Tensor]  # state of Distance
     n_clips: dict[str, int]  # training clips of each class
     versions: dict[str, str]  # of Python and the libraries
     run: str  # names the run that made it
@@ -483,4 +630,6 @@ def build_ensemble(checkpoint: Checkpoint) -> EmotionEnsemble:
         member = EmotionCNNGRU(checkpoint.config, len(checkpoint.labels))
         member.load_state_dict(weights)  # strict, and float32 whatever the file holds
         members.append(member)
-    return EmotionEnsemble(mfcc, members, checkpoint.temperature).eval()
+    distance = Distance(checkpoint.config)
+    distance.load_state_dict(checkpoint.distance)
+    return EmotionEnsemble(mfcc, members, checkpoint.temperature, distance).eval()

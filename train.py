@@ -52,6 +52,7 @@ from model import (
     Augment,
     Batch,
     Checkpoint,
+    Distance,
     EmotionCNNGRU,
     EmotionDataset,
     EmotionEnsemble,
@@ -237,10 +238,8 @@ def fit(
     criterion = nn.CrossEntropyLoss(weights, label_smoothing=cfg.label_smoothing).to(device)
 
     torch.manual_seed(seed)
-    model = EmotionCNNGRU(cfg, len(labels)).to(device)
-    model.mean[:], model.std[...] = feature_stats(make_loader(train_clips, labels, cache, cfg))
-    if cfg.cmn == "all" or (cfg.cmn == "alternate" and member % 2 == 0):
-        model.cmn[1 : cfg.n_mfcc] = 1  # the first coefficient, which is the loudness, keeps its mean
+    all_windows = make_loader(train_clips, labels, cache, cfg)
+    model = make_network(cfg, len(labels), member, all_windows).to(device)
     average = make_average(model, cfg.ema_decay)
     optimizer = make_optimizer(model, cfg)
     warmup, plateau = make_schedules(optimizer, cfg, len(train_loader))
@@ -300,6 +299,25 @@ def network_file(cfg: Config, member: int) -> Path:
     return Path(cfg.run_dir, f"network{member}.pth")
 
 
+def make_network(cfg: Config, n_classes: int, member: int, loader: Loader) -> EmotionCNNGRU:
+    """A network with random weights that knows mean and std of the features of the training clips."""
+    model = EmotionCNNGRU(cfg, n_classes)
+    if cfg.recordings == "any":
+        model.level[0] = 1
+    if cfg.cmn == "all" or (cfg.cmn == "alternate" and member % 2 == 0):
+        model.cmn[1 : cfg.n_mfcc] = 1  # the first coefficient, which is the loudness, keeps its mean
+    total = squares = n_frames = torch.zeros((), dtype=torch.float64)
+    for features, _, _ in loader:
+        values = model.remove_level(features).double()
+        total = total + values.sum(dim=(0, 2))
+        squares = squares + values.square().sum(dim=(0, 2))
+        n_frames = n_frames + values.shape[0] * values.shape[2]
+    model.mean[:, 0] = total / n_frames
+    # One std for all rows, the root of their mean variance.
+    model.std[...] = (squares / n_frames - model.mean[:, 0].square()).mean().clamp(min=1e-6).sqrt()
+    return model
+
+
 def make_optimizer(model: nn.Module, cfg: Config) -> torch.optim.Optimizer:
     """AdamW; weights decay, biases and batch norms do not, as that would help nobody."""
     decay = [parameter for parameter in model.parameters() if parameter.ndim > 1]
@@ -318,18 +336,6 @@ def make_schedules(
     return warmup, ReduceLROnPlateau(
         optimizer, "max", cfg.lr_factor, cfg.lr_patience, threshold=0, min_lr=floor
     )
-
-
-def feature_stats(loader: Loader) -> tuple[Tensor, Tensor]:
-    """Mean of each row of features, (F, 1), and the root of the mean variance of the rows, ()."""
-    total = squares = n_frames = torch.zeros((), dtype=torch.float64)
-    for features, _, _ in loader:
-        total = total + features.double().sum(dim=(0, 2))
-        squares = squares + features.double().square().sum(dim=(0, 2))
-        n_frames = n_frames + features.shape[0] * features.shape[2]
-    mean = total / n_frames
-    variance = (squares / n_frames - mean.square()).mean()
-    return mean.float()[:, None], variance.clamp(min=1e-6).sqrt().float()
 
 
 # ---- several networks ------------------------------------------------------------------------------------
@@ -544,6 +550,7 @@ def collect(
         members=[best["weights"] for best in kept],
         epochs=[best["epoch"] for best in kept],
         temperature=temperature * softening(len(networks)),
+        distance=fit_distance(cfg, networks[0][0], mfcc),
         n_clips={label: int((learnt.emotion == label).sum()) for label in labels},
         versions={"python": platform.python_version(), "torch": str(torch.__version__)},
         run=run_id,
@@ -561,6 +568,14 @@ def collect(
     save_figure(run_dir / "loss.png", lambda: plot_history(history, checkpoint.epochs))
     probabilities = calibrate(probabilities, temperature * softening(n_networks))
     return checkpoint, make_predictions(validated, labels, probabilities)
+
+
+def fit_distance(cfg: Config, clips: pd.DataFrame, mfcc: MFCC) -> dict[str, Tensor]:
+    """What Distance learns from the training and validation clips of one network."""
+    cache, labels, distance = FeatureCache(cfg, mfcc), sorted(set(clips.emotion)), Distance(cfg)
+    train, val = (make_loader(clips[clips.part == part], labels, cache, cfg) for part in ("train", "val"))
+    distance.fit((features for features, _, _ in train), (features for features, _, _ in val))
+    return distance.state_dict()
 
 
 def out_of_fold(

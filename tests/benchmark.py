@@ -35,6 +35,7 @@ from config import Config, UserError, make_parser, parse, run
 from inference import predict
 from model import (
     Checkpoint,
+    Distance,
     EmotionCNNGRU,
     EmotionEnsemble,
     resolve_dtype,
@@ -230,6 +231,7 @@ def measure_speed(cfg: Config, repeats: int) -> Iterator[Row]:
                 epochs=[0] * cfg.ensemble,
                 n_clips=dict.fromkeys(labels, 0),
                 temperature=1.0,
+                distance=dict(Distance(cfg).state_dict()),
                 versions={},
                 run="benchmark",
             ),

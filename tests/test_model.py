@@ -17,10 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
+import prepare
 from config import Config, UserError
 from model import (
     VERSION,
     Augment,
+    Degrade,
+    Distance,
     EmotionCNNGRU,
     EmotionEnsemble,
     calibrate,
@@ -299,11 +302,67 @@ def test_voice_changes_by_up_to_the_fraction_given() -> None:
         assert 1.1 < found.max() <= 1.2 * resolution
 
 
+ANY = replace(TINY_CFG, recordings="any")
+
+
+def noisy_speech(n_clips: int, snr: float, cfg: Config) -> Tensor:
+    """Features of demo speech, 0.3 s of it and then padding, with white noise so many dB below."""
+    rng, length = np.random.default_rng(0), int(0.3 * cfg.sample_rate)
+    waves = np.zeros((n_clips, cfg.n_samples), np.float32)
+    for number, wave in enumerate(waves):
+        emotion = list(prepare.EMOTIONS)[number % 7]
+        speech = prepare.synthesize(emotion, 5.0, rng, rate=cfg.sample_rate)[1000 : 1000 + length]
+        wave[:length] = speech + rng.normal(size=length) * speech.std() * 10 ** (-snr / 20)
+    return make_mfcc(cfg)(torch.from_numpy(waves))
+
+
+def test_degraded_cepstra_change_towards_those_of_noisy_waves() -> None:
+    """In mean, and mean std over time, of all coefficients but the first."""
+    clean, noisy = noisy_speech(64, 60, ANY)[:, :8], noisy_speech(64, 15, ANY)[:, :8]
+    torch.manual_seed(0)
+    degraded = torch.cat([Degrade(ANY)(clean) for _ in range(8)])
+    for statistic in (Tensor.mean, Tensor.std):
+        before, after, aim = (statistic(x, dim=2).mean(dim=0)[1:] for x in (clean, degraded, noisy))
+        assert torch.cosine_similarity(after - before, aim - before, dim=0) > 0.6
+
+
+def test_degrading_leaves_some_clips_alone_and_most_padding_silent() -> None:
+    clean = noisy_speech(64, 60, ANY)[:, :8]
+    torch.manual_seed(0)
+    degraded = Degrade(ANY)(clean)
+    assert degraded.isfinite().all()
+    same = (degraded == clean).all(dim=(1, 2))
+    assert 0.1 < same.float().mean() < 0.9
+    same_padding = (degraded == clean)[:, :, -3:].all(dim=(1, 2))
+    assert same_padding.float().mean() > same.float().mean() + 0.1
+    assert not same_padding.all()  # some noise outlasts the clip
+
+
+def test_distance_tells_silence_noise_and_tones_from_speech(rng: np.random.Generator) -> None:
+    cfg = Config(recordings="any", sample_rate=8000, duration=1.0)
+    time = np.arange(cfg.n_samples) / cfg.sample_rate
+    speech = [
+        prepare.synthesize(emotion, voice, rng, rate=cfg.sample_rate)[: cfg.n_samples]
+        for emotion in prepare.EMOTIONS
+        for voice in rng.uniform(-2, 14, size=60)
+    ]
+    others = [np.zeros_like(time), rng.normal(size=len(time)) * 0.1, np.sin(2 * np.pi * 440 * time)]
+    mfcc = make_mfcc(cfg)
+    features = mfcc(torch.from_numpy(np.stack(speech).astype(np.float32)))[torch.randperm(420)]
+    distance = Distance(cfg)
+    distance.fit(features[:250].split(64), features[250:330].split(64))
+    assert (distance(features[330:]) <= 1).float().mean() > 0.9
+    assert (distance(mfcc(torch.from_numpy(np.stack(others).astype(np.float32)))) > 1).all()
+    louder = features.clone()
+    louder[:, 0] += 70
+    torch.testing.assert_close(distance(features), distance(louder))
+
+
 def test_augmentation_and_network_move_to_another_device() -> None:
     """Every constant of theirs; "meta" stands for a GPU, which few machines have."""
     for module in (
         Augment(make_mfcc(TINY_CFG), TINY_CFG),
-        EmotionEnsemble(make_mfcc(TINY_CFG), [make_network()]),
+        EmotionEnsemble(make_mfcc(TINY_CFG), [make_network()], 1.0, Distance(TINY_CFG)),
     ):
         moved = copy.deepcopy(module).to("meta")
         assert {value.device.type for value in moved.state_dict().values()} == {"meta"}
@@ -383,6 +442,16 @@ def test_cepstral_mean_normalisation_hides_what_is_constant_in_a_window() -> Non
         torch.testing.assert_close(network(features), network(features + voice), atol=1e-4, rtol=0)
         features[:, 0] += 1
         assert not torch.allclose(network(features), network(features - 1), atol=1e-2)
+
+
+def test_network_that_does_not_hear_the_level_ignores_any_gain() -> None:
+    network, features = make_network(), noise(4, 24)
+    louder = features.clone()
+    louder[:, 0] += 30
+    with torch.inference_mode():
+        assert not torch.allclose(network(features), network(louder), atol=1e-2)
+        network.level[0] = 1
+        torch.testing.assert_close(network(features), network(louder), atol=1e-4, rtol=0)
 
 
 def test_missing_device_is_refused_by_name() -> None:

@@ -1,0 +1,191 @@
+"""How well a model does on the same clips recorded worse: louder, noisier, over the telephone, in a room.
+
+    python tests/robustness.py best_emotion_model.pth --data_dir data/dataset
+
+takes the test part of the model's own split, makes every condition from these clips (with fixed seeds, as
+files that go the way of any other file), and prints a row per condition.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import librosa
+import numpy as np
+import pandas as pd
+import scipy.signal
+import soundfile
+import torch
+from tqdm import tqdm
+
+REPO = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(REPO))
+
+from config import Config, UserError, make_parser, parse, run
+from inference import predict
+from model import load_checkpoint, split
+from prepare import AudioError, FloatArray, find_clips, load_features
+from train import calibration_error
+
+Change: TypeAlias = Callable[[FloatArray, np.random.Generator], FloatArray]  # of a wave at RATE
+
+RATE = 44100  # Hz of all files; the clips have less
+N_TALKERS = 6  # in babble
+
+
+def gain(wave: FloatArray, _rng: np.random.Generator, *, decibels: float) -> FloatArray:
+    """Louder or quieter; the files hold floats, so that nothing clips."""
+    return wave * np.float32(10 ** (decibels / 20))
+
+
+def normalise_peak(wave: FloatArray, _rng: np.random.Generator) -> FloatArray:
+    """As loud as a file of whole numbers can be."""
+    return wave / max(np.abs(wave).max(), 1e-9)
+
+
+def pad_front(wave: FloatArray, _rng: np.random.Generator) -> FloatArray:
+    """A second of digital silence before the clip."""
+    return np.concatenate([np.zeros(RATE, np.float32), wave])
+
+
+def add_noise(wave: FloatArray, rng: np.random.Generator, *, slope: float, snr: float) -> FloatArray:
+    """Noise whose power falls with frequency to this power: 0 white, 1 pink."""
+    spectrum = np.fft.rfft(rng.normal(size=len(wave)))
+    spectrum /= np.maximum(np.fft.rfftfreq(len(wave), 1 / RATE), 20) ** (slope / 2)
+    return mix(wave, np.fft.irfft(spectrum, len(wave)), snr)
+
+
+def add_babble(
+    wave: FloatArray, rng: np.random.Generator, *, talkers: Sequence[FloatArray], snr: float
+) -> FloatArray:
+    """Other people who talk at the same time."""
+    voices = [talkers[number] for number in rng.choice(len(talkers), N_TALKERS, replace=False)]
+    return mix(wave, sum(np.resize(voice / voice.std(), len(wave)) for voice in voices), snr)
+
+
+def mix(wave: FloatArray, noise: Any, snr: float) -> FloatArray:
+    """Add noise, `snr` dB below the clip."""
+    scale = wave.std() / max(noise.std(), 1e-9) * 10 ** (-snr / 20)
+    return (wave + scale * noise).astype(np.float32)
+
+
+def telephone(wave: FloatArray, _rng: np.random.Generator) -> FloatArray:
+    """300 to 3,400 Hz at 8,000 Hz, in the 8 bits of mu-law (ITU-T G.711)."""
+    band = scipy.signal.butter(4, (300, 3400), "bandpass", fs=RATE, output="sos")
+    narrow = librosa.resample(scipy.signal.sosfilt(band, wave), orig_sr=RATE, target_sr=8000)
+    codes = librosa.mu_compress(np.clip(narrow, -1, 1), mu=255, quantize=True)
+    wide = librosa.resample(librosa.mu_expand(codes, mu=255, quantize=True), orig_sr=8000, target_sr=RATE)
+    return wide.astype(np.float32)
+
+
+def low_pass(wave: FloatArray, _rng: np.random.Generator) -> FloatArray:
+    """Nothing above 4 kHz."""
+    band = scipy.signal.butter(10, 4000, fs=RATE, output="sos")
+    return scipy.signal.sosfilt(band, wave).astype(np.float32)
+
+
+def small_room(wave: FloatArray, rng: np.random.Generator) -> FloatArray:
+    """Noise that decays by 60 dB in 0.3 s for an echo, 6 dB below the direct sound."""
+    seconds = np.arange(int(0.3 * RATE)) / RATE
+    echo = rng.normal(size=len(seconds)) * 10 ** (-3 * seconds / 0.3)
+    echo *= 0.5 / np.sqrt(np.square(echo).sum())
+    echo[0] = 1
+    return scipy.signal.fftconvolve(wave, echo)[: len(wave)].astype(np.float32)
+
+
+def clip_peaks(wave: FloatArray, _rng: np.random.Generator) -> FloatArray:
+    """What is above half of the peak is cut off, as by a recorder set 6 dB too high."""
+    limit = np.abs(wave).max() / 2
+    return np.clip(wave, -limit, limit)
+
+
+def make_conditions(talkers: Sequence[FloatArray]) -> dict[str, Change]:
+    """Name -> what it does to a wave."""
+    conditions: dict[str, Change] = {"as recorded": lambda wave, _rng: wave}
+    for decibels in (-24, -12, 12, 18):
+        conditions[f"{decibels:+d} dB"] = partial(gain, decibels=decibels)
+    conditions["peak-normalised"] = normalise_peak
+    conditions["1 s of silence in front"] = pad_front
+    for snr in (20, 10):
+        conditions[f"white noise, {snr} dB"] = partial(add_noise, slope=0, snr=snr)
+        conditions[f"pink noise, {snr} dB"] = partial(add_noise, slope=1, snr=snr)
+        conditions[f"babble, {snr} dB"] = partial(add_babble, talkers=talkers, snr=snr)
+    conditions["telephone"] = telephone
+    conditions["nothing above 4 kHz"] = low_pass
+    conditions["mp3, 32 kbit/s"] = lambda wave, _rng: wave  # when it is written
+    conditions["small room"] = small_room
+    conditions["clipped at half the peak"] = clip_peaks
+    return conditions
+
+
+def write_clip(path: Path, wave: FloatArray) -> Path:
+    """As floats; or as mp3, where the lowest constant bit rate is 32 kbit/s."""
+    if path.suffix == ".mp3":
+        soundfile.write(path, wave, RATE, format="MP3", bitrate_mode="CONSTANT", compression_level=0.9999)
+    else:
+        soundfile.write(path, wave, RATE, subtype="FLOAT")
+    return path
+
+
+def main(cfg: Config, flags: Any) -> int:
+    """Print the table."""
+    checkpoint, model = load_checkpoint(Path(flags.model))
+    clips = find_clips(cfg)
+    clips, _ = load_features(clips, cfg, model.mfcc)
+    clips["part"] = split(clips, checkpoint.config)
+    test = clips[clips.part == "test"].reset_index(drop=True)
+    if not len(test):
+        raise UserError(f"{flags.model} was trained on all clips: none is left to test on")
+    if flags.clips:
+        test = test.sample(min(flags.clips, len(test)), random_state=0).reset_index(drop=True)
+    load = partial(librosa.load, sr=RATE)
+    waves = [load(path)[0] for path in tqdm(test.path, "clips", disable=None)]
+    voices = clips[clips.part == "train"].path.sample(40, random_state=0)
+    conditions = make_conditions([load(path)[0] for path in voices])
+
+    rows: list[dict[str, Any]] = []
+    clean: Any = None
+    for name, change in tqdm(conditions.items(), "conditions", disable=None):
+        with tempfile.TemporaryDirectory() as scratch:
+            suffix = ".mp3" if "mp3" in name else ".wav"
+            paths = [
+                write_clip(Path(scratch, f"{number}{suffix}"), change(wave, np.random.default_rng(number)))
+                for number, wave in enumerate(waves)
+            ]
+            results = [result for _, result in predict(list(map(str, paths)), model, cfg)]
+        if failed := [result for result in results if isinstance(result, AudioError)]:
+            raise UserError(f"{name}: {failed[0]}")
+        probabilities = torch.tensor(
+            np.stack([r.probabilities for r in results if not isinstance(r, AudioError)])
+        )
+        confidence, guess = (value.numpy() for value in probabilities.max(dim=1))
+        predicted = np.array(checkpoint.labels, dtype=object)[guess]
+        right = predicted == test.emotion.to_numpy()
+        if clean is None:
+            clean, usual = right, pd.Series(predicted).value_counts()
+        difference = right.astype(float) - clean
+        margin = 1.96 * difference.std() / len(right) ** 0.5
+        gained = pd.Series(predicted).value_counts().sub(usual, fill_value=0)
+        rows.append(
+            {
+                "condition": name,
+                "right": f"{100 * right.mean():.1f}",
+                "change": f"{100 * difference.mean():+.1f} ± {100 * margin:.1f}",
+                "confidence": f"{100 * confidence.mean():.1f}",
+                "calibration error": f"{100 * calibration_error(confidence, right):.1f}",
+                "most gained": f"{gained.idxmax()} {gained.max():+.0f}" if gained.max() else "",
+            }
+        )
+    print(f"{len(test)} clips; change with its paired 95 % interval")
+    print(pd.DataFrame(rows).to_string(index=False))
+    return 0
+
+
+if __name__ == "__main__":
+    parser = make_parser(__doc__, ["data_dir", "cache_dir", "num_workers", "device"])
+    parser.add_argument("model", help="a checkpoint of train.py")
+    parser.add_argument("--clips", type=int, default=0, help="test so many clips alone; 0: all")
+    raise SystemExit(run(main, *parse(parser)))
