@@ -29,14 +29,14 @@ class Config:
     """
 
     # ---- places -----------------------------------------------------------------------------------------
-    data_dir: str = "data/dataset"  # one folder of clips per emotion; may be read-only
+    data_dir: str = "data/dataset"  # a folder of clips per emotion, or corpora as they come; may be read-only
     test_dir: str = ""  # unlabelled clips for the submission; empty: the folder Test in data_dir
     cache_dir: str = "cache"  # extracted features; safe to delete
     run_dir: str = "run"  # history, metrics, figures, and what --resume continues from
     checkpoint: str = "best_emotion_model.pth"  # the trained model
     submission: str = "submission.csv"  # what inference.py writes for the test clips
-    manifest: str = ""  # CSV with columns filename, and emotion or speaker, where file names do not tell them
-    labels_from: str = "auto"  # folders, or auto: file names where most disagree with the folders
+    manifest: str = ""  # CSV with filename and emotion or speaker; empty: manifest.csv in data_dir
+    labels_from: str = "auto"  # folders, or auto: file names, where most of them disagree with the folders
     extra_labels: str = "drop"  # drop or keep calm and boredom, where labels come from file names
 
     # ---- audio: a change extracts the features anew -----------------------------------------------------

@@ -128,12 +128,14 @@ def find_clips(cfg: Config) -> pd.DataFrame:
         raise UserError(
             f"no data folder {root}: give --data_dir a folder of clips per emotion, or try --demo"
         )
-    manifest = read_manifest(Path(cfg.manifest), root) if cfg.manifest else {}
+    manifest: dict[str, Told] = {}
+    if cfg.manifest or (root / "manifest.csv").is_file():
+        manifest = read_manifest(Path(cfg.manifest or root / "manifest.csv"), root)
     clips = _list_clips(cfg, [path for path, told in manifest.items() if told.emotion])
     told = [manifest.get(path, Told("", "")) for path in clips.path]
     clips["speaker"] = [row.speaker or speaker for row, speaker in zip(told, clips.speaker, strict=True)]
     clips["label"] = pd.Series([row.emotion for row in told], dtype=object)
-    clips["by_name"] = _label_by_folder_or_name(clips, cfg)
+    clips["by_name"] = _label(clips, cfg)
     clips["emotion"] = _spell(clips)
     for emotion in sorted(set(clips.emotion)):
         check_csv_name(emotion)
@@ -154,7 +156,8 @@ def _list_clips(cfg: Config, listed: Iterable[str]) -> pd.DataFrame:
     root = Path(cfg.data_dir)
     folders = [path for path in sorted(root.iterdir()) if path.is_dir() and _is_class(path, cfg)]
     found = [path for folder in folders for path in find_audio(folder)]
-    found += [path for path in root.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()]
+    files = [path for path in root.iterdir() if path.is_file() and not path.name.startswith(".")]
+    found += [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
     paths = sorted({*map(str, found), *listed})
     parents = [(*Path(path).relative_to(root).parts[:-1], "", "") for path in paths]
     clips = pd.DataFrame({"path": paths}, dtype=object).join(parse_names(paths))
@@ -199,25 +202,27 @@ def emotion_of(word: str) -> str:
     return _BY_WORD.get(re.sub(r"^pleasant[ _-]*", "", word.lower()), "")
 
 
-def _label_by_folder_or_name(clips: pd.DataFrame, cfg: Config) -> "pd.Series[bool]":
-    """Fill in the labels that are empty; returns which of them come from file names."""
-    unlabelled = clips.label == ""
-    rest = clips[unlabelled]
+def _label(clips: pd.DataFrame, cfg: Config) -> "pd.Series[bool]":
+    """Label the clips that no manifest has labelled; returns which of them got it from their names."""
+    is_open = clips.label == ""
+    rest = clips[is_open]
     by_name = rest.folder == ""
     if cfg.labels_from == "auto":
         by_name |= _names_disagree(rest)
     means = rest.folder.map(emotion_of).astype(object)
     # A folder of clips that the manifest labels is no class for the others in it.
-    by_name |= (means == "") & rest.folder.isin(clips.folder[~unlabelled])
+    by_name |= (means == "") & rest.folder.isin(clips.folder[~is_open])
     _check_folders(rest, by_name, Path(cfg.data_dir))
     by_name &= (rest.emotion != "") | (means == "")
-    clips.loc[unlabelled, "label"] = rest.emotion.where(by_name, rest.folder)
+    clips.loc[is_open, "label"] = rest.emotion.where(by_name, rest.folder)
     return by_name.reindex(clips.index, fill_value=False)
 
 
-# Folders of speakers (of RAVDESS, TESS), of a whole corpus (CREMA-D), and of parts of a data set.
+# Folders of speakers (of RAVDESS, TESS), of a whole corpus, and of parts of a data set.
 _NO_EMOTION = re.compile(
-    r"(actor|speaker|spk)[ _-]?\d+|[oy]af?_.+|audiowav|train(ing)?|val(id(ation)?)?|dev", re.IGNORECASE
+    r"(actor|speaker|spk)[ _-]?\d+|[oy]af?_.+|(audio|ravdess|crema|tess|savee|emo-?db).*|all|wav|"
+    r"train(ing)?|val(id(ation)?)?|dev",
+    re.IGNORECASE,
 )
 
 
@@ -238,9 +243,9 @@ def _names_disagree(clips: pd.DataFrame) -> "pd.Series[bool]":
 def _sorted_by_emotion(clips: pd.DataFrame) -> bool:
     """Whether the folders tell the clips of a corpus apart by emotion, in classes that may be unknown."""
     codes = pd.crosstab(clips.code, clips.folder)
-    if codes.shape[1] == 1 or any(map(_NO_EMOTION.fullmatch, codes.columns)):
+    if any(map(_NO_EMOTION.fullmatch, codes.columns)):
         return False
-    in_one_folder = codes.max(axis=1).sum() / len(clips)
+    in_one_folder = codes.max(axis=1).sum() / len(clips) * (codes.idxmax(axis=1).nunique() > 1)
     of_one_code = codes.max(axis=0).sum() / len(clips)
     one_speaker = clips.speaker.nunique() > 1 == clips.groupby("folder").speaker.nunique().max()
     return bool(in_one_folder >= 0.7 or (of_one_code >= 0.7 and not one_speaker))
@@ -248,17 +253,21 @@ def _sorted_by_emotion(clips: pd.DataFrame) -> bool:
 
 def _check_folders(clips: pd.DataFrame, by_name: "pd.Series[bool]", root: Path) -> None:
     """Refuse folders that say who speaks, which part a clip belongs to, or that hold the class folders."""
-    odd = [name for name in sorted(set(clips.folder[~by_name])) if _NO_EMOTION.fullmatch(name)]
-    if odd:
+    is_odd = clips.folder.map(lambda name: _NO_EMOTION.fullmatch(name) is not None).astype(bool)
+    inner = clips[~(is_odd & by_name)].groupby("folder").inner
+    deeper = [str(name) for name, within in inner if len({*map(emotion_of, within)} - {""}) > 1]
+    if deeper:
+        likely = root / ("dataset" if (root / "dataset").is_dir() else deeper[0])
+        raise UserError(
+            f"the class folders are not in {root} but in {', '.join(deeper)}: pass --data_dir {likely}"
+        )
+    if odd := sorted(set(clips.folder[is_odd & ~by_name])):
         names = ", ".join(odd[:4]) + ", ..." * (len(odd) > 4)
         example = Path(clips.path[clips.folder == odd[0]].iloc[0]).name
         raise UserError(
             f"in {root} not emotions but {names}, and file names as {example} tell none: "
             "put the clips into one folder per emotion, or list them in a --manifest"
         )
-    for folder, inner in clips.inner.groupby(clips.folder):
-        if len({emotion_of(name) for name in inner} - {""}) > 1 and not _NO_EMOTION.fullmatch(str(folder)):
-            raise UserError(f"the class folders are in {root / str(folder)}: pass that as --data_dir")
 
 
 def _spell(clips: pd.DataFrame) -> "pd.Series[str]":
@@ -293,7 +302,8 @@ def _explain(clips: pd.DataFrame) -> None:
         if len(extra):
             names = ", ".join(sorted(set(extra.emotion)))
             text += f"; {len(extra)} clip(s) of {names} left out (--extra_labels keep takes them)"
-        note(f"note: {corpus}: labels from file names: {text}")
+        instead = ", not folders (--labels_from folders)" if any(map(emotion_of, rows.folder)) else ""
+        note(f"note: {corpus}: labels from file names{instead}: {text}")
     for reason, text in {
         "copy": "further copies of clips, by their names, are left out",
         "no label": "clip(s) in no class folder, with names that tell no emotion, are left out",
@@ -329,7 +339,7 @@ def read_manifest(path: Path, root: Path) -> dict[str, Told]:
     for number, row in enumerate(table.reindex(columns=["filename", *Told._fields], fill_value="").values, 2):
         where, name, told = f"manifest {path}, line {number}", row[0], Told(*row[1:])
         if not (name and getattr(told, known[0])):
-            raise UserError(f"{where}: needs a filename and {' '.join(['a', known[0]])}")
+            raise UserError(f"{where}: needs filename and {known[0]}")
         clip = root / name
         if ".." in Path(name).parts or Path(name).is_absolute() or not clip.is_file():
             raise UserError(f"{where}: {name!r} is no file in {root}")
