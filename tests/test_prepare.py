@@ -761,9 +761,16 @@ def test_same_audio_is_told(tmp_path: Path, mfcc: MFCC, capsys: Capture) -> None
     wave, rate = soundfile.read(one, dtype="int16")
     soundfile.write(copy, wave, rate)  # the same samples in another format
     contradiction.write_bytes(other.read_bytes())
-    assert prepare.load_corpus(cfg, mfcc).audio_hash.nunique() == 15
+    again = one.parent / "mirror" / one.name
+    again.parent.mkdir()
+    again.write_bytes(one.read_bytes())
+    found = find_clips(cfg)
+    clips = prepare.load_corpus(cfg, mfcc, found)
+    assert (len(clips), clips.audio_hash.nunique()) == (17, 15)
+    counts = prepare.describe_corpora(found, clips)[["copies", "used", "same audio", "in other corpora"]]
+    assert counts.T.to_dict("list") == {"RAVDESS speech": [1, 15, 0, 2], "other": [0, 2, 0, 2]}
     notes = capsys.readouterr().err
-    assert f"note: same audio: {one}, {copy}\n" in notes
+    assert f"note: same audio: {again}, {copy}\n" in notes
     assert "note: 2 group(s) of clips with the same audio" in notes
     assert f"note: same audio under different labels: {other}, {contradiction}\n" in notes
 
@@ -801,6 +808,8 @@ def test_script_prints_the_table_and_names_odd_files(tmp_path: Path) -> None:
     assert rows[1] == ["Angry", "25", "0", "25", "0.2", "5"]
     assert rows[2][:4] == ["Sad", "25", "2", "27"]
     assert rows[4][:4] == ["total", "75", "2", "77"]
+    assert rows[-2] == "RAVDESS speech 75 of 1440 3 of 8 5 of 24 0 0 0 75 0 0".split()
+    assert rows[-1] == "other 8 1 0 0 0 6 2 0 0".split()
     lines = answer.stderr.splitlines()
     assert lines[:6] == [
         f"skipped {sad}/c.wav: No such file or directory",
