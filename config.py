@@ -29,13 +29,15 @@ class Config:
     """
 
     # ---- places -----------------------------------------------------------------------------------------
-    data_dir: str = "data/dataset"  # one folder of clips per emotion; may be read-only
+    data_dir: str = "data/dataset"  # a folder of clips per emotion, or corpora as they come; may be read-only
     test_dir: str = ""  # unlabelled clips for the submission; empty: the folder Test in data_dir
     cache_dir: str = "cache"  # extracted features; safe to delete
     run_dir: str = "run"  # history, metrics, figures, and what --resume continues from
     checkpoint: str = "best_emotion_model.pth"  # the trained model
     submission: str = "submission.csv"  # what inference.py writes for the test clips
-    manifest: str = ""  # CSV with columns filename and speaker, where file names do not tell the speaker
+    manifest: str = ""  # CSV with filename and emotion or speaker; empty: manifest.csv in data_dir
+    labels_from: str = "auto"  # folders, or auto: file names, where most of them disagree with the folders
+    extra_labels: str = "drop"  # drop or keep calm and boredom, where labels come from file names
 
     # ---- audio: a change extracts the features anew -----------------------------------------------------
     sample_rate: int = 22050  # Hz; every clip is resampled to it
@@ -132,12 +134,12 @@ class Config:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Config":
-        """Rebuild what dataclasses.asdict gave.
+        """Rebuild what dataclasses.asdict gave; a newer field has its default, unless it shapes the model.
 
         Raises:
             UserError: A field is missing, unknown or bad.
         """
-        if odd := {field.name for field in dataclasses.fields(cls)} ^ set(values):
+        if odd := (MODEL_FIELDS - set(values)) | (set(values) - set(cls.__dataclass_fields__)):
             raise UserError(f"settings of another version: missing or unknown {', '.join(sorted(odd))}")
         return cls(**values)
 
@@ -179,6 +181,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "val_fraction lr_factor": (lambda v: 0 < v < 1, "above 0 and below 1"),
     "learning_rate duration": (lambda v: 0 < v < float("inf"), "above 0"),
     "weight_decay shift": (lambda v: 0 <= v < float("inf"), "at least 0"),
+    "labels_from": (lambda v: v in {"auto", "folders"}, "auto or folders"),
+    "extra_labels": (lambda v: v in {"drop", "keep"}, "drop or keep"),
     "cmn": (lambda v: v in {"none", "all", "alternate"}, "none, all or alternate"),
     "recordings": (lambda v: v in {"same", "any"}, "same or any"),
     "split": (lambda v: v in {"random", "speaker"}, "random or speaker"),

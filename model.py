@@ -22,7 +22,7 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import Dataset
 
 from config import Config, UserError, note
-from prepare import MFCC, FeatureCache, check_csv_name
+from prepare import MFCC, FeatureCache, check_csv_name, clip_name
 
 # ---- split and dataset -----------------------------------------------------------------------------------
 
@@ -45,7 +45,7 @@ def split(
     units = _split_units(clips, cfg)
     groups = units.drop_duplicates("unit").set_index("unit").stratum
     # By file name, so that the same clips in other folders get the same parts.
-    groups = groups.loc[sorted(groups.index, key=lambda unit: (Path(unit).name, unit))]
+    groups = groups.loc[sorted(groups.index, key=lambda unit: (clip_name(unit), unit))]
     if n_folds:
         from sklearn.model_selection import StratifiedKFold  # noqa: PLC0415 - takes seconds
 

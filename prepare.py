@@ -23,7 +23,7 @@ import stat
 import sys
 import tempfile
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -49,14 +49,45 @@ AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", "
 # Formats that libsndfile cannot read: listed all the same, to be reported and not overlooked.
 FOREIGN_SUFFIXES = frozenset({".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".3gp"})
 
-_CONVENTIONS = {  # how the common corpora name their files: groups are speaker and emotion code, in any order
-    "CREMA-D": r"(?P<speaker>1\d{3})_[A-Z]{3}_(?P<code>ANG|DIS|FEA|HAP|NEU|SAD)_(?:LO|MD|HI|XX?)",
-    "RAVDESS speech": r"03-01-(?P<code>\d\d)-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",
-    "RAVDESS song": r"03-02-(?P<code>\d\d)-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",
-    "SAVEE": r"(?:(?P<speaker>DC|JE|JK|KL)_)?(?P<code>sa|su|a|d|f|h|n)\d\d",
-    "EmoDB": r"(?P<speaker>\d\d)[ab]\d\d(?P<code>[AEFLNTW])[a-f]?",
-    "TESS": r"(?P<speaker>OA|YA)F?_[a-z]+_(?P<code>angry|disgust|fear|happy|neutral|ps|sad)",
-    "demo": r"(?P<code>[a-z]+)_speaker(?P<speaker>\d+)_\d+",
+# What the emotions are called: in words, as TESS and folders do, and in the codes of CREMA-D, RAVDESS, SAVEE
+# and EmoDB, no two of which contradict each other.
+_NAMES = {
+    "Angry": "angry anger ANG 05 a W",
+    "Disgusted": "disgusted disgust DIS 07 d E",
+    "Fearful": "fearful fear FEA 06 f A",
+    "Happy": "happy happiness joy HAP 03 h F",
+    "Neutral": "neutral NEU 01 n N",
+    "Sad": "sad sadness SAD 04 sa T",
+    "Surprised": "surprised surprise suprised suprise ps 08 su",
+    "Calm": "calm 02",
+    "Bored": "bored boredom L",
+}
+EXTRA_LABELS = frozenset({"Calm", "Bored"})  # that few corpora have
+_BY_CODE = {name: emotion for emotion, names in _NAMES.items() for name in names.split()}
+_BY_WORD = {name.lower(): emotion for name, emotion in _BY_CODE.items() if len(name) > 2}
+
+
+class _Corpus(NamedTuple):
+    """How a common corpus names its files, and what is in it when it is whole."""
+
+    convention: str  # groups are speaker and emotion code, in any order
+    clips: int
+    emotions: int
+    speakers: int
+
+
+_CORPORA = {
+    "CREMA-D": _Corpus(
+        r"(?P<speaker>1\d{3})_[A-Z]{3}_(?P<code>ANG|DIS|FEA|HAP|NEU|SAD)_(?:LO|MD|HI|XX?)", 7442, 6, 91
+    ),
+    "RAVDESS speech": _Corpus(r"03-01-(?P<code>0[1-8])-\d\d-\d\d-\d\d-(?P<speaker>\d\d)", 1440, 8, 24),
+    "RAVDESS song": _Corpus(r"03-02-(?P<code>0[1-8])-\d\d-\d\d-\d\d-(?P<speaker>\d\d)", 1012, 6, 23),
+    "SAVEE": _Corpus(r"(?P<speaker>DC|JE|JK|KL)_(?P<code>sa|su|a|d|f|h|n)\d\d", 480, 7, 4),
+    "EmoDB": _Corpus(r"(?P<speaker>\d\d)[ab]\d\d(?P<code>[AEFLNTW])[a-f]?", 535, 7, 10),
+    "TESS": _Corpus(
+        r"(?P<speaker>OA|YA)F?_[a-z]+_(?P<code>angry|disgust|fear|happy|neutral|ps|sad)", 2800, 7, 2
+    ),
+    "demo": _Corpus(r"(?P<code>[a-z]+)_speaker(?P<speaker>\d+)_\d+", 630, 7, 10),
 }
 
 
@@ -78,42 +109,65 @@ def find_audio(folder: Path) -> list[Path]:
 
 
 def find_clips(cfg: Config) -> pd.DataFrame:
-    """All labelled clips, sorted by file name: columns path, emotion (its class folder), corpus, speaker.
+    """All clips in the data folder, sorted by clip_name, with what is understood of each.
 
-    Corpus and speaker come from the file names of the common corpora ("other" and "" where none fits), the
-    speaker also from the manifest. The actors of RAVDESS both speak and sing: one speaker in both parts.
+    A clip's label is what the manifest says, else the name of its top folder. File names decide instead where
+    most of those below a folder fit the convention of a corpus and disagree with the folder. Labels of one
+    meaning become one class, spelled as most folders do. Copies of a clip of a corpus are recognised by name.
+
+    Returns:
+        Columns path, emotion, corpus ("other" where no convention fits), speaker and code ("" where the name
+        does not tell) and left_out: "" for a clip to use, else no label, extra label or copy. The actors of
+        RAVDESS both speak and sing: one speaker in both parts.
 
     Raises:
-        UserError: There is no data folder, no class folder or no clip, or the folders are no emotions.
+        UserError: There is no data folder, no clip, a bad manifest, or the folders are no emotions.
     """
     root = Path(cfg.data_dir)
     if not root.is_dir():
         raise UserError(
             f"no data folder {root}: give --data_dir a folder of clips per emotion, or try --demo"
         )
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and _is_class(path, cfg)]
-    rows = [(str(path), folder.name) for folder in folders for path in find_audio(folder)]
-    # By file name: the same clips in other folders come in the same order, and so in the same parts.
-    rows.sort(key=lambda row: (Path(row[0]).name, row))
-    clips = pd.DataFrame(rows, columns=["path", "emotion"], dtype=object)
-    if not rows:
+    manifest: dict[str, Told] = {}
+    if cfg.manifest or (root / "manifest.csv").is_file():
+        manifest = read_manifest(Path(cfg.manifest or root / "manifest.csv"), root)
+    clips = _list_clips(cfg, [path for path, told in manifest.items() if told.emotion])
+    told = [manifest.get(path, Told("", "")) for path in clips.path]
+    clips["speaker"] = [row.speaker or speaker for row, speaker in zip(told, clips.speaker, strict=True)]
+    clips["label"] = pd.Series([row.emotion for row in told], dtype=object)
+    clips["by_name"] = _label(clips, cfg)
+    clips["emotion"] = _spell(clips)
+    for emotion in sorted(set(clips.emotion)):
+        check_csv_name(emotion)
+    # By name: the same clips in other folders come in the same order, and so in the same parts.
+    order = sorted(zip(map(clip_name, clips.path), clips.emotion, clips.path, clips.index, strict=True))
+    clips = clips.loc[[row[-1] for row in order]].reset_index(drop=True)
+    clips["left_out"] = _leave_out(clips, cfg)
+    _explain(clips)
+    if (clips.left_out != "").all():
         raise UserError(
             f"no clips in {root}: expected one folder per emotion with {' '.join(sorted(AUDIO_SUFFIXES))}"
         )
-    for emotion in sorted(set(clips.emotion)):
-        check_csv_name(emotion)
-    stray = [path for path in root.iterdir() if path.suffix.lower() in AUDIO_SUFFIXES and path.is_file()]
-    if stray:
-        note(f"note: {len(stray)} clip(s) in no class folder are left out: {stray[0]}")
+    return clips[["path", "emotion", "corpus", "speaker", "code", "left_out"]]
+
+
+def _list_clips(cfg: Config, listed: Iterable[str]) -> pd.DataFrame:
+    """Columns path, folder (the top one, "" for none), inner (the one in it) and those of parse_names."""
+    root = Path(cfg.data_dir)
+    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and _is_class(path, cfg)]
+    found = [path for folder in folders for path in find_audio(folder)]
+    files = [path for path in root.iterdir() if path.is_file() and not path.name.startswith(".")]
+    found += [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
+    paths = sorted({*map(str, found), *listed})
+    parents = [(*Path(path).relative_to(root).parts[:-1], "", "") for path in paths]
+    clips = pd.DataFrame({"path": paths}, dtype=object).join(parse_names(paths))
+    clips["folder"] = pd.Series([names[0] for names in parents], dtype=object)
+    clips["inner"] = pd.Series([names[1] for names in parents], dtype=object)
     for folder in folders:
-        if folder.name not in set(clips.emotion):
+        check_csv_name(folder.name)
+        if folder.name not in set(clips.folder):
             note(f"note: class folder {folder} has no clips: left out")
-    clips = clips.join(parse_names(clips.path))
-    _check_classes(clips, root)
-    if cfg.manifest:
-        speakers = dict(zip(clips.path, clips.speaker, strict=True))
-        clips["speaker"] = clips.path.map(speakers | read_manifest(Path(cfg.manifest), root))
-    return clips.drop(columns="code")
+    return clips
 
 
 def _is_class(folder: Path, cfg: Config) -> bool:
@@ -124,42 +178,149 @@ def _is_class(folder: Path, cfg: Config) -> bool:
     return real != cfg.test_root.resolve() and real != root and real not in root.parents
 
 
+def clip_name(path: str) -> str:
+    """The file name that tells a clip from all others of its corpus: SAVEE's DC/a01.wav is DC_a01.wav."""
+    folder, name = Path(path).parent.name, Path(path).name
+    full = f"{folder}_{name}"
+    return full if re.fullmatch(_CORPORA["SAVEE"].convention, Path(full).stem) else name
+
+
 def parse_names(paths: Iterable[str]) -> pd.DataFrame:
-    """Corpus, speaker and emotion code of each path as its file name tells, in columns of these names."""
-    stems = pd.Series([Path(path).stem for path in paths], dtype=object)
+    """Corpus, speaker, emotion code and emotion of each path as its name tells, in columns so called."""
+    stems = pd.Series([Path(clip_name(path)).stem for path in paths], dtype=object)
     table = pd.DataFrame({"corpus": "other", "speaker": "", "code": ""}, index=stems.index, dtype=object)
-    for corpus, convention in _CONVENTIONS.items():
+    for corpus, (convention, *_) in _CORPORA.items():
         found = stems.str.extract(f"^(?:{convention})\\Z").dropna(subset="code")
         table.loc[found.index, "corpus"] = corpus
-        table.loc[found.index, "speaker"] = (corpus.split()[0] + " " + found.speaker).fillna("")
+        table.loc[found.index, "speaker"] = corpus.split()[0] + " " + found.speaker
         table.loc[found.index, "code"] = found.code
-    return table
+    return table.assign(emotion=[_BY_CODE.get(code, "") for code in table.code])
 
 
-# Folders of speakers (of RAVDESS, TESS), of a whole corpus (CREMA-D), and of parts of a data set.
+def emotion_of(word: str) -> str:
+    """The emotion that a folder or label means, whatever its spelling: Suprised is Surprised. "" for none."""
+    return _BY_WORD.get(re.sub(r"^pleasant[ _-]*", "", word.lower()), "")
+
+
+def _label(clips: pd.DataFrame, cfg: Config) -> "pd.Series[bool]":
+    """Label the clips that no manifest has labelled; returns which of them got it from their names."""
+    is_open = clips.label == ""
+    rest = clips[is_open]
+    by_name = rest.folder == ""
+    if cfg.labels_from == "auto":
+        by_name |= _names_disagree(rest)
+    means = rest.folder.map(emotion_of).astype(object)
+    # A folder of clips that the manifest labels is no class for the others in it.
+    by_name |= (means == "") & rest.folder.isin(clips.folder[~is_open])
+    _check_folders(rest, by_name, Path(cfg.data_dir))
+    by_name &= (rest.emotion != "") | (means == "")
+    clips.loc[is_open, "label"] = rest.emotion.where(by_name, rest.folder)
+    return by_name.reindex(clips.index, fill_value=False)
+
+
+# Folders of speakers (of RAVDESS, TESS), of a whole corpus, and of parts of a data set.
 _NO_EMOTION = re.compile(
-    r"(actor|speaker|spk)[ _-]?\d+|[oy]af?_.+|audiowav|train(ing)?|val(id(ation)?)?|dev", re.IGNORECASE
+    r"(actor|speaker|spk)[ _-]?\d+|[oy]af?_.+|(audio|ravdess|crema|tess|savee|emo-?db).*|all|wav|"
+    r"train(ing)?|val(id(ation)?)?|dev",
+    re.IGNORECASE,
 )
 
 
-def _check_classes(clips: pd.DataFrame, root: Path) -> None:
-    """Refuse folders that say who speaks, or which part a clip belongs to, and not what is felt."""
-    odd = [name for name in sorted(set(clips.emotion)) if _NO_EMOTION.fullmatch(name)]
-    known = clips[clips.code != ""]
-    if not odd and len(known) > len(clips) / 2:
-        codes = pd.crosstab([known.corpus, known.code], known.emotion)  # by file name, and by folder
-        in_one_folder = codes.max(axis=1).sum() / len(known)
-        of_one_code = codes.groupby(level="corpus").max().to_numpy().sum() / len(known)
-        one_speaker = known.speaker.nunique() > 1 == known.groupby("emotion").speaker.nunique().max()
-        if in_one_folder < 0.7 and (of_one_code < 0.7 or one_speaker):
-            odd = sorted(set(known.emotion))
-    if odd:
+def _names_disagree(clips: pd.DataFrame) -> "pd.Series[bool]":
+    """Of each clip, whether most file names in its folder fit a corpus and contradict the folder.
+
+    Folders named after emotions are judged together, others by how the clips of each corpus lie in them.
+    """
+    means = clips.folder.map(emotion_of).astype(object)
+    fits = clips.emotion != ""
+    disagrees = fits & (means != "") & (means != clips.emotion)
+    for _, rows in clips[fits & (means == "")].groupby("corpus"):
+        disagrees[rows.index] = not _sorted_by_emotion(rows)
+    group = clips.folder.where(means == "", "emotions/")  # no folder's name, for its slash
+    return disagrees.groupby(group).transform("mean") > 0.5
+
+
+def _sorted_by_emotion(clips: pd.DataFrame) -> bool:
+    """Whether the folders tell the clips of a corpus apart by emotion, in classes that may be unknown."""
+    codes = pd.crosstab(clips.code, clips.folder)
+    if any(map(_NO_EMOTION.fullmatch, codes.columns)):
+        return False
+    in_one_folder = codes.max(axis=1).sum() / len(clips) * (codes.idxmax(axis=1).nunique() > 1)
+    of_one_code = codes.max(axis=0).sum() / len(clips)
+    one_speaker = clips.speaker.nunique() > 1 == clips.groupby("folder").speaker.nunique().max()
+    return bool(in_one_folder >= 0.7 or (of_one_code >= 0.7 and not one_speaker))
+
+
+def _check_folders(clips: pd.DataFrame, by_name: "pd.Series[bool]", root: Path) -> None:
+    """Refuse folders that say who speaks, which part a clip belongs to, or that hold the class folders."""
+    is_odd = clips.folder.map(lambda name: _NO_EMOTION.fullmatch(name) is not None).astype(bool)
+    inner = clips[~(is_odd & by_name)].groupby("folder").inner
+    deeper = [str(name) for name, within in inner if len({*map(emotion_of, within)} - {""}) > 1]
+    if deeper:
+        likely = root / ("dataset" if (root / "dataset").is_dir() else deeper[0])
+        raise UserError(
+            f"the class folders are not in {root} but in {', '.join(deeper)}: pass --data_dir {likely}"
+        )
+    if odd := sorted(set(clips.folder[is_odd & ~by_name])):
         names = ", ".join(odd[:4]) + ", ..." * (len(odd) > 4)
-        raise UserError(f"in {root} not emotions but {names}: put the clips into one folder per emotion")
+        example = Path(clips.path[clips.folder == odd[0]].iloc[0]).name
+        raise UserError(
+            f"in {root} not emotions but {names}, and file names as {example} tell none: "
+            "put the clips into one folder per emotion, or list them in a --manifest"
+        )
 
 
-def read_manifest(path: Path, root: Path) -> dict[str, str]:
-    """Speaker of each clip (path below `root`) from a CSV file with the columns filename and speaker.
+def _spell(clips: pd.DataFrame) -> "pd.Series[str]":
+    """The class of each clip: labels of one meaning are one class, spelled as most folders spell it."""
+    spelling: dict[str, str] = {}
+    counts = Counter(clips.label[~clips.by_name])
+    for label in sorted(counts, key=lambda label: (-counts[label], label)):
+        first = spelling.setdefault(emotion_of(label) or label, label)
+        if first != label:
+            note(f"note: {label} and {first} are one class, {first}")
+    return clips.label.map(lambda label: spelling.get(emotion_of(label), label)).astype(object)
+
+
+def _leave_out(clips: pd.DataFrame, cfg: Config) -> "pd.Series[str]":
+    """Why each clip, sorted by name, is not used; "" if it is."""
+    reason = pd.Series("", index=clips.index, dtype=object)
+    if cfg.extra_labels == "drop":
+        reason[clips.by_name & clips.label.isin(EXTRA_LABELS)] = "extra label"
+    reason[clips.emotion == ""] = "no label"
+    stems = clips.assign(stem=[Path(clip_name(path)).stem for path in clips.path])
+    copies = stems.duplicated(["stem", "emotion"], keep="last")  # the last is the wav beside an mp3
+    reason[copies & (clips.corpus != "other") & (reason != "no label")] = "copy"
+    return reason
+
+
+def _explain(clips: pd.DataFrame) -> None:
+    """Note what file names were taken to mean, and what is left out."""
+    for corpus, rows in clips[clips.by_name & (clips.label != "")].groupby("corpus"):
+        used, extra = (rows[rows.left_out == reason] for reason in ("", "extra label"))
+        codes = dict(sorted(zip(used.code, used.emotion, strict=True)))
+        text = ", ".join(f"{code} = {emotion}" for code, emotion in codes.items())
+        if len(extra):
+            names = ", ".join(sorted(set(extra.emotion)))
+            text += f"; {len(extra)} clip(s) of {names} left out (--extra_labels keep takes them)"
+        instead = ", not folders (--labels_from folders)" if any(map(emotion_of, rows.folder)) else ""
+        note(f"note: {corpus}: labels from file names{instead}: {text}")
+    for reason, text in {
+        "copy": "further copies of clips, by their names, are left out",
+        "no label": "clip(s) in no class folder, with names that tell no emotion, are left out",
+    }.items():
+        if len(rows := clips[clips.left_out == reason]):
+            note(f"note: {len(rows)} {text}: {rows.path.iloc[0]}")
+
+
+class Told(NamedTuple):
+    """What a manifest says of a clip; "" where it says nothing."""
+
+    emotion: str
+    speaker: str
+
+
+def read_manifest(path: Path, root: Path) -> dict[str, Told]:
+    """What a CSV file with the columns filename, and emotion or speaker or both, says of clips below `root`.
 
     Raises:
         UserError: The file cannot be understood, or a name in it leads out of `root` or to no file.
@@ -168,18 +329,24 @@ def read_manifest(path: Path, root: Path) -> dict[str, str]:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
     except (OSError, ValueError) as error:  # pandas raises kinds of ValueError for whatever is no CSV
         raise UserError(f"manifest {path}: {error}") from None
-    if not {"filename", "speaker"} <= set(table.columns):
-        raise UserError(f"manifest {path}: needs a header with filename and speaker")
-    speakers: dict[str, str] = {}
-    for number, (name, speaker) in enumerate(zip(table.filename, table.speaker, strict=True), start=2):
-        where, clip = f"manifest {path}, line {number}", root / name
-        if not (name and speaker):
-            raise UserError(f"{where}: needs a filename and a speaker")
+    known = [name for name in Told._fields if name in table]
+    if "filename" not in table or not known:
+        seen = ", ".join(map(str, table.columns))
+        raise UserError(f"manifest {path}: needs a header with filename and emotion or speaker, has {seen}")
+    if unused := [str(name) for name in table if name not in {"filename", *known}]:
+        note(f"note: manifest {path}: columns not used: {', '.join(unused)}")
+    manifest: dict[str, Told] = {}
+    for number, row in enumerate(table.reindex(columns=["filename", *Told._fields], fill_value="").values, 2):
+        where, name, told = f"manifest {path}, line {number}", row[0], Told(*row[1:])
+        if not (name and getattr(told, known[0])):
+            raise UserError(f"{where}: needs filename and {known[0]}")
+        clip = root / name
         if ".." in Path(name).parts or Path(name).is_absolute() or not clip.is_file():
             raise UserError(f"{where}: {name!r} is no file in {root}")
-        if speakers.setdefault(str(clip), speaker) != speaker:
-            raise UserError(f"{where}: {name} has two speakers")
-    return speakers
+        for kind, first, second in zip(Told._fields, manifest.setdefault(str(clip), told), told, strict=True):
+            if first != second:
+                raise UserError(f"{where}: {name} has two {kind}s")
+    return manifest
 
 
 def check_csv_name(name: str) -> None:
@@ -606,8 +773,8 @@ def _fill(cache: FeatureCache, missing: Mapping[str, FileState], cfg: Config, mf
 MAX_UNREADABLE = 0.1  # of the files: with more, something is wrong with the data as a whole
 
 
-def load_corpus(cfg: Config, mfcc: MFCC) -> pd.DataFrame:
-    """Find all labelled clips and extract their features; odd ones are named on stderr.
+def load_corpus(cfg: Config, mfcc: MFCC, found: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Find all labelled clips, unless find_clips has, and extract their features; odd ones go to stderr.
 
     Returns:
         A row per readable clip: path, emotion, corpus, speaker, first_window (its id in the cache),
@@ -616,7 +783,8 @@ def load_corpus(cfg: Config, mfcc: MFCC) -> pd.DataFrame:
     Raises:
         UserError: There are no clips, too many cannot be read, or there is but one class.
     """
-    found = find_clips(cfg)
+    found = find_clips(cfg) if found is None else found
+    found = found[found.left_out == ""].drop(columns=["code", "left_out"]).reset_index(drop=True)
     clips, failures = load_features(found, cfg, mfcc)
     report_files(failures, "skipped")
     report_files({clip.path: clip.warning for clip in clips.itertuples() if clip.warning}, "warning:")
@@ -636,6 +804,40 @@ def load_corpus(cfg: Config, mfcc: MFCC) -> pd.DataFrame:
     if len(copies):
         note(f"note: {copies.audio_hash.nunique()} group(s) of clips with the same audio, each in one part")
     return clips
+
+
+def describe_corpora(found: pd.DataFrame, clips: pd.DataFrame) -> pd.DataFrame:
+    """A row per corpus: what was found (of how much, where that is known), and what became of it.
+
+    Args:
+        found: What find_clips gave.
+        clips: What load_corpus made of it.
+    """
+    shared = clips.groupby("audio_hash").corpus.transform("nunique") > 1
+    doubled = clips.duplicated(["corpus", "audio_hash"], keep=False)
+    rows = {}
+    for name, files in found.groupby("corpus"):
+        whole = _CORPORA.get(str(name))
+        own = files[files.left_out != "copy"]  # each clip once
+        counts = {
+            "found": len(own),
+            "emotions": len({*(own.code if whole else own.emotion)} - {""}),
+            "speakers": len({*own.speaker} - {""}),
+        }
+        totals = whole[1:] if whole else ("", "", "")
+        row = {
+            key: f"{n} of {of}" if of else str(n) for (key, n), of in zip(counts.items(), totals, strict=True)
+        }
+        used = clips.corpus == name
+        rows[name] = row | {
+            "copies": len(files) - len(own),
+            "left out": int((own.left_out != "").sum()),
+            "unreadable": int((own.left_out == "").sum() - used.sum()),
+            "used": int(used.sum()),
+            "same audio": int((used & doubled).sum()),
+            "in other corpora": int((used & shared).sum()),
+        }
+    return pd.DataFrame(rows).T
 
 
 def report_files(reasons: Mapping[str, str], verb: str, *, most: int = 20) -> None:
@@ -709,11 +911,12 @@ def make_demo(folder: Path, *, n_speakers: int = 10, n_takes: int = 9) -> None:
 
 
 def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
-    """Fill the cache and print clips and minutes per class and corpus."""
+    """Fill the cache, and print clips and minutes per class, and what was found of each corpus."""
     if flags.demo:
         make_demo(Path(cfg.data_dir))
     mfcc = MFCC(mfcc_constants(cfg), cfg.hop_length)
-    clips = load_corpus(cfg, mfcc)
+    found = find_clips(cfg)
+    clips = load_corpus(cfg, mfcc, found)
     table = pd.crosstab(clips.emotion.map(printable), clips.corpus)
     table.loc["total"] = table.sum()
     table["clips"] = table.sum(axis=1)
@@ -723,6 +926,7 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
     speakers = known.groupby("emotion").speaker.nunique().reindex(minutes.index, fill_value=0)
     table["speakers"] = [*speakers, known.speaker.nunique()]
     print(table.rename_axis(index=None, columns=None).to_string())
+    print(f"\n{describe_corpora(found, clips).to_string()}")
     return 0
 
 

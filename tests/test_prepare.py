@@ -24,6 +24,7 @@ import torch
 
 import prepare
 from config import Config, UserError, run
+from model import split
 from prepare import MFCC, AudioError, FeatureCache, Recording, extract, find_clips, load_features, map_files
 from tests.conftest import (
     RATE,
@@ -124,11 +125,13 @@ def test_clips_are_those_in_class_folders_by_file_name(tmp_path: Path, capsys: C
     for name, target in {"Self": root, "Up": tmp_path, "Held": root / "held"}.items():
         (root / name).symlink_to(target, target_is_directory=True)
     table = find_clips(config_of(root, test_dir=str(root / "held")))
+    assert list(table.path[table.left_out != ""]) == [str(root / "stray.wav")]
+    table = table[table.left_out == ""]
     assert list(table.path) == [str(root / name) for name in names]
     assert list(table.emotion) == ["Angry", "Sad", "Angry", "Sad"]
     assert list(table.speaker) == ["CREMA-D 1001", "", "", ""]
     err = capsys.readouterr().err
-    assert f"1 clip(s) in no class folder are left out: {root / 'stray.wav'}" in err
+    assert f"1 clip(s) in no class folder, with names that tell no emotion, are left out: {root}/stray" in err
     assert f"class folder {root / 'Empty'} has no clips: left out" in err
     assert err.count("\n") == 2
 
@@ -140,7 +143,19 @@ def test_clips_are_those_in_class_folders_by_file_name(tmp_path: Path, capsys: C
         (["a.wav", "Test/b.wav"], "no clips in .*: expected one folder per emotion"),
         (["a\rb/a.wav"], "carriage return"),
         ([os.fsdecode(b"\xff\xfe/a.wav")], "not UTF-8"),
-        (["train/a.wav", "Validation/b.wav"], "not emotions but Validation, train"),
+        (
+            ["train/a.wav", "Validation/b.wav"],
+            "not emotions but Validation, train, and file names as b.wav tell",
+        ),
+        (["Actor_01/a.wav", "Angry/03-01-05-01-01-01-01.wav"], "not emotions but Actor_01, and .* as a.wav"),
+        (
+            ["audio/Angry/a.wav", "audio/Sad/b.wav"],
+            "class folders are not in .* but in audio: pass --data_dir",
+        ),
+        (
+            ["dataset/Angry/1001_DFA_ANG_XX.wav", "dataset/Sad/b.wav", "demo/x.wav"],
+            "pass --data_dir .*d/dataset$",
+        ),
     ],
 )
 def test_data_folder_without_classes_is_refused(names: Any, message: str, tmp_path: Path) -> None:
@@ -150,12 +165,90 @@ def test_data_folder_without_classes_is_refused(names: Any, message: str, tmp_pa
     assert error.value.code == 2
 
 
+# Files of the corpora as their authors lay them out, and what they mean.
+OFFICIAL = {
+    "Audio_Speech_Actors_01-24/Actor_01/03-01-01-01-01-01-01": ("Neutral", "RAVDESS 01"),
+    "Audio_Speech_Actors_01-24/Actor_02/03-01-08-01-01-01-02": ("Surprised", "RAVDESS 02"),
+    "Audio_Song_Actors_01-24/Actor_02/03-02-06-01-01-01-02": ("Fearful", "RAVDESS 02"),
+    "Actor_03/03-01-03-01-01-01-03": ("Happy", "RAVDESS 03"),
+    "Actor_03/03-01-04-01-01-01-03": ("Sad", "RAVDESS 03"),
+    "AudioWAV/1040_ITH_SAD_X": ("Sad", "CREMA-D 1040"),
+    "AudioWAV/1001_DFA_DIS_XX": ("Disgusted", "CREMA-D 1001"),
+    "OAF_Fear/OAF_back_fear": ("Fearful", "TESS OA"),
+    "YAF_fear/YAF_back_fear": ("Fearful", "TESS YA"),
+    "OAF_neutral/OA_bite_neutral": ("Neutral", "TESS OA"),
+    "YAF_pleasant_surprised/YAF_back_ps": ("Surprised", "TESS YA"),
+    "AudioData/DC/a01": ("Angry", "SAVEE DC"),
+    "AudioData/JE/a01": ("Angry", "SAVEE JE"),
+    "AudioData/JE/sa01": ("Sad", "SAVEE JE"),
+    "AudioData/JE/su01": ("Surprised", "SAVEE JE"),
+    "ALL/KL_n30": ("Neutral", "SAVEE KL"),
+    "wav/03a01Wa": ("Angry", "EmoDB 03"),
+    "wav/03a01Ea": ("Disgusted", "EmoDB 03"),
+    "wav/08a01Ab": ("Fearful", "EmoDB 08"),
+    "wav/08a01Fb": ("Happy", "EmoDB 08"),
+    "wav/08a01Tb": ("Sad", "EmoDB 08"),
+    "wav/08a01Nb": ("Neutral", "EmoDB 08"),
+}
+EXTRA = {"Actor_03/03-01-02-01-01-01-03": "Calm", "wav/03a01La": "Bored"}
+
+
+def test_corpora_as_they_come_are_labelled_by_file_name(tmp_path: Path, capsys: Capture) -> None:
+    """Side by side, with a class folder whose spelling they take, clips to label, and copies of clips."""
+    root = tmp_path / "d"
+    copies = ["mirror/Actor_03/03-01-03-01-01-01-03.wav", "AudioWAV/1040_ITH_SAD_X.mp3"]
+    touch(root, *(f"{name}.wav" for name in [*OFFICIAL, *EXTRA]), *copies)
+    touch(root, "Suprised/mine.wav", "Suprised/more.wav", "wav/notes.wav", "Test/0.wav")
+    found = find_clips(config_of(root)).set_index("path")
+    used = found[found.left_out == ""]
+    expected = {f"{root}/{name}.wav": row for name, row in OFFICIAL.items()}
+    told = dict(
+        zip(used.index, zip(used.emotion.str.replace("Sup", "Surp"), used.speaker, strict=True), strict=True)
+    )
+    twice = str(root / "Actor_03/03-01-03-01-01-01-03.wav")  # one of the two is taken
+    told[twice] = told.pop(str(root / copies[0]), ("", ""))
+    assert told == expected | {f"{root}/Suprised/{name}.wav": ("Surprised", "") for name in ("mine", "more")}
+    assert "Surprised" not in set(found.emotion)
+    assert found.left_out.value_counts().to_dict() == {"": 24, "extra label": 2, "copy": 2, "no label": 1}
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 8  # one for each corpus
+    assert (
+        "note: EmoDB: labels from file names: A = Fearful, E = Disgusted, F = Happy, N = Neutral, " in err[1]
+    )
+    assert err[1].endswith("W = Angry; 1 clip(s) of Bored left out (--extra_labels keep takes them)")
+    kept = find_clips(config_of(root, extra_labels="keep")).set_index("path")
+    assert {name: kept.emotion[f"{root}/{name}.wav"] for name in EXTRA} == EXTRA
+    assert (kept.left_out == "").sum() == 26
+
+
+def test_clips_in_class_folders_or_as_downloaded_get_the_same_parts(tmp_path: Path) -> None:
+    """SAVEE, whose file names repeat in the folders of its speakers."""
+    for speaker, code, number in itertools.product(["DC", "JE", "JK", "KL"], ["a", "sa", "su"], range(10)):
+        emotion = {"a": "Angry", "sa": "Sad", "su": "Suprised"}[code]
+        touch(
+            tmp_path,
+            f"down/{speaker}/{code}{number:02d}.wav",
+            f"d/{emotion}/{speaker}_{code}{number:02d}.wav",
+        )
+    tables = []
+    for folder in ("down", "d"):
+        clips = find_clips(config_of(tmp_path / folder))
+        clips["name"] = clips["audio_hash"] = [prepare.clip_name(path) for path in clips.path]
+        clips["at_random"], clips["by_speaker"] = (
+            split(clips, Config(split=how)) for how in ("random", "speaker")
+        )
+        tables.append(clips.drop(columns="path").replace("Suprised", "Surprised"))
+    pd.testing.assert_frame_equal(*tables)
+    assert set(tables[0].emotion) == {"Angry", "Sad", "Surprised"}
+    assert set(tables[0].at_random) == set(tables[0].by_speaker) == {"train", "val", "test"}
+
+
 NAMES = {  # of a speaker and an emotion, as the authors of the corpora write them
-    "RAVDESS": "03-01-0{emotion}-01-01-01-0{speaker}.wav",
+    "RAVDESS speech": "03-01-0{emotion}-01-01-01-0{speaker}.wav",
     "CREMA-D": "100{speaker}_DFA_{emotion}_XX.wav",
     "TESS": "{speaker}_dog_{emotion}.wav",
 }
-EMOTIONS_OF = {"RAVDESS": "3456", "CREMA-D": ["ANG", "HAP", "SAD"], "TESS": ["angry", "happy", "sad"]}
+EMOTIONS_OF = {"RAVDESS speech": "3456", "CREMA-D": ["ANG", "HAP", "SAD"], "TESS": ["angry", "happy", "sad"]}
 
 
 def lay_out(root: Path, corpus: str, folder: Callable[[str, str], str]) -> Config:
@@ -168,29 +261,59 @@ def lay_out(root: Path, corpus: str, folder: Callable[[str, str], str]) -> Confi
 
 
 @pytest.mark.parametrize(
-    ("corpus", "folder"),
+    ("corpus", "folder", "classes"),
     [
-        ("RAVDESS", lambda speaker, _: f"Actor_0{speaker}"),  # as it comes
-        ("CREMA-D", lambda *_: "AudioWAV"),  # as it comes
-        ("TESS", lambda speaker, emotion: f"{speaker}F_{emotion}"),  # as it comes
-        ("CREMA-D", lambda speaker, _: "one" if speaker in "12" else "two"),
-        ("RAVDESS", lambda speaker, emotion: f"{speaker}_{emotion}"),
-        ("RAVDESS", lambda speaker, emotion: emotion if speaker in "123" else "Actor_04"),  # one stray folder
+        ("CREMA-D", lambda speaker, _: "one" if speaker in "12" else "two", "Angry Happy Sad"),
+        ("CREMA-D", lambda speaker, _: "most" if speaker in "123" else "rest", "Angry Happy Sad"),
+        ("RAVDESS speech", lambda speaker, emotion: f"{speaker}_{emotion}", "Angry Fearful Happy Sad"),
+        # One stray folder of an actor.
+        (
+            "RAVDESS speech",
+            lambda speaker, emotion: emotion if speaker in "123" else "Actor_04",
+            "Angry Fearful Happy Sad",
+        ),
+        # Folders of emotions that most names contradict.
+        ("TESS", lambda _, emotion: {"sad": "Angry"}.get(emotion, "Sad"), "Angry Happy Sad"),
+        # Classes of one's own.
+        (
+            "RAVDESS speech",
+            lambda _, emotion: "positive" if emotion == "3" else "negative",
+            "negative positive",
+        ),
+        (
+            "CREMA-D",
+            lambda _, emotion: {"ANG": "Wut", "SAD": "Trauer"}.get(emotion, "Freude"),
+            "Freude Trauer Wut",
+        ),
+        ("TESS", lambda _, emotion: {"sad": "angry"}.get(emotion, emotion), "angry happy"),
     ],
 )
-def test_folders_that_are_no_emotions_are_refused(
-    corpus: str, folder: Callable[[str, str], str], tmp_path: Path
+def test_folders_are_classes_unless_most_file_names_disagree(
+    corpus: str, folder: Callable[[str, str], str], classes: str, tmp_path: Path
 ) -> None:
-    cfg = lay_out(tmp_path / "d", corpus, folder)
-    with pytest.raises(UserError, match=f"in {cfg.data_dir} not emotions but "):
-        find_clips(cfg)
+    clips = find_clips(lay_out(tmp_path / "d", corpus, folder))
+    assert sorted(set(clips.emotion)) == classes.split()
+    assert set(clips.corpus) == {corpus}
+
+
+def test_labels_of_folders_can_be_had_whatever_the_names(tmp_path: Path, capsys: Capture) -> None:
+    """Folders of listeners' judgements, say; and two spellings of one emotion."""
+    cfg = lay_out(tmp_path / "d", "TESS", lambda speaker, _: "fear" if speaker == "OA" else "Fearful")
+    touch(tmp_path / "d", "Sad/x.wav", "Fearful/y.wav")
+    assert set(find_clips(cfg).emotion) == {"Angry", "Happy", "Sad", "Fearful"}
+    assert (
+        "labels from file names, not folders (--labels_from folders): angry = Angry"
+        in capsys.readouterr().err
+    )
+    assert set(find_clips(replace(cfg, labels_from="folders")).emotion) == {"Fearful", "Sad"}
+    assert capsys.readouterr().err == "note: fear and Fearful are one class, Fearful\n"
 
 
 def test_folders_of_emotions_are_taken(tmp_path: Path) -> None:
     """With two emotions in one folder; and a single speaker in every folder."""
     for corpus in NAMES:
         lay_out(tmp_path / "d", corpus, lambda _, emotion: {"5": "3"}.get(emotion, emotion))
-    assert set(find_clips(config_of(tmp_path / "d")).corpus) == {"RAVDESS speech", "CREMA-D", "TESS"}
+    assert set(find_clips(config_of(tmp_path / "d")).corpus) == set(NAMES)
     touch(tmp_path / "e", "Angry/DC_a01.wav", "Happy/DC_h01.wav", "Sad/DC_sa01.wav")
     assert set(find_clips(config_of(tmp_path / "e")).speaker) == {"SAVEE DC"}
 
@@ -209,12 +332,37 @@ def test_manifest_tells_speakers(tmp_path: Path) -> None:
     assert speakers == listed | {"b.wav": "", "KL_sa15.wav": "SAVEE KL"}
 
 
+def test_manifest_tells_emotions(tmp_path: Path, capsys: Capture) -> None:
+    """Of own clips beside a corpus and class folders; it lies in the data folder."""
+    cfg = lay_out(tmp_path / "d", "CREMA-D", lambda *_: "AudioWAV")
+    touch(tmp_path / "d", "me/1.wav", "me/2.wav", "me/3.wav", "4.wav", "Sad/5.wav", "Sad/6.wav")
+    (tmp_path / "d" / "manifest.csv").write_text(
+        "filename,emotion,speaker,mood\nme/1.wav,joy,Ann,x\nme/2.wav,Proud,,\n4.wav,anger,Bob,\nSad/6.wav,joy,,\n"
+    )
+    found = find_clips(cfg)
+    own = found[(found.corpus == "other") & (found.left_out == "")]
+    assert dict(
+        zip(map(prepare.clip_name, own.path), zip(own.emotion, own.speaker, strict=True), strict=True)
+    ) == {
+        "1.wav": ("joy", "Ann"),
+        "2.wav": ("Proud", ""),
+        "4.wav": ("anger", "Bob"),
+        "5.wav": ("Sad", ""),
+        "6.wav": ("joy", ""),
+    }
+    assert set(found.emotion[found.corpus == "CREMA-D"]) == {"anger", "joy", "Sad"}
+    assert list(found.path[found.left_out == "no label"]) == [str(tmp_path / "d/me/3.wav")]
+    assert "columns not used: mood\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"\xff\xfe\x00", "decode"),
-        (b"path,who\na.wav,x\n", "needs a header with filename and speaker"),
-        (b"filename,speaker\na.wav,x\n,y\n", "line 3: needs a filename and a speaker"),
+        (b"path,who\na.wav,x\n", "header with filename and emotion or speaker, has path, who"),
+        (b"filename,emotion\na.wav,x\na.wav,y\n", "line 3: a.wav has two emotions"),
+        (b"filename,emotion,speaker\na.wav,,y\n", "line 2: needs filename and emotion"),
+        (b"filename,speaker\na.wav,x\n,y\n", "line 3: needs filename and speaker"),
         (b"filename,speaker\n/etc/hosts,x\n", "line 2: .*/etc/hosts.* is no file in"),
         (b"filename,speaker\nb/../../a.wav,x\n", "is no file in"),
         (b"filename,speaker\nb.wav,x\n", "line 2: .*b.wav.* is no file in"),
@@ -613,9 +761,16 @@ def test_same_audio_is_told(tmp_path: Path, mfcc: MFCC, capsys: Capture) -> None
     wave, rate = soundfile.read(one, dtype="int16")
     soundfile.write(copy, wave, rate)  # the same samples in another format
     contradiction.write_bytes(other.read_bytes())
-    assert prepare.load_corpus(cfg, mfcc).audio_hash.nunique() == 15
+    again = one.parent / "mirror" / one.name
+    again.parent.mkdir()
+    again.write_bytes(one.read_bytes())
+    found = find_clips(cfg)
+    clips = prepare.load_corpus(cfg, mfcc, found)
+    assert (len(clips), clips.audio_hash.nunique()) == (17, 15)
+    counts = prepare.describe_corpora(found, clips)[["copies", "used", "same audio", "in other corpora"]]
+    assert counts.T.to_dict("list") == {"RAVDESS speech": [1, 15, 0, 2], "other": [0, 2, 0, 2]}
     notes = capsys.readouterr().err
-    assert f"note: same audio: {one}, {copy}\n" in notes
+    assert f"note: same audio: {again}, {copy}\n" in notes
     assert "note: 2 group(s) of clips with the same audio" in notes
     assert f"note: same audio under different labels: {other}, {contradiction}\n" in notes
 
@@ -653,6 +808,8 @@ def test_script_prints_the_table_and_names_odd_files(tmp_path: Path) -> None:
     assert rows[1] == ["Angry", "25", "0", "25", "0.2", "5"]
     assert rows[2][:4] == ["Sad", "25", "2", "27"]
     assert rows[4][:4] == ["total", "75", "2", "77"]
+    assert rows[-2] == "RAVDESS speech 75 of 1440 3 of 8 5 of 24 0 0 0 75 0 0".split()
+    assert rows[-1] == "other 8 1 0 0 0 6 2 0 0".split()
     lines = answer.stderr.splitlines()
     assert lines[:6] == [
         f"skipped {sad}/c.wav: No such file or directory",
