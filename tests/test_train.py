@@ -57,9 +57,12 @@ def state(cfg: Config, member: int = 1) -> dict[str, Any]:
     return load_tensors(Path(cfg.run_dir, f"network{member}.pth"))
 
 
+ACTIONS = {"demo": False, "resume": False, "folds": 0, "init": None, "evaluate": None, "compare": None}
+
+
 def script(cfg: Config, **settings: Any) -> int:
     """The script's work, in this process."""
-    return train.main(cfg, Namespace(**{"demo": False, "resume": False, "folds": 0, **settings}))
+    return train.main(cfg, Namespace(**{**ACTIONS, **settings}))
 
 
 # ---- small parts -----------------------------------------------------------------------------------------
@@ -215,9 +218,9 @@ def test_run_leaves_its_files(trained: Trained) -> None:
     assert {path.name for path in trained.folder.iterdir()} == {"run", "cache", "best.pth"}
     assert {path.name for path in run_dir.iterdir() if not path.name.startswith(".")} == {
         *("run.json", "history.csv", "metrics.json", "predictions.csv"),
-        *("loss.png", "confusion_matrix.png", "network1.pth", "network2.pth"),
+        *("loss.png", "confusion_matrix.png", "scores.png", "mistakes.html", "network1.pth", "network2.pth"),
     }
-    for name in ("loss.png", "confusion_matrix.png"):
+    for name in ("loss.png", "confusion_matrix.png", "scores.png"):
         assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
     assert "\r" not in trained.result.stdout + trained.result.stderr  # no bars where there is no terminal
     history = pd.read_csv(run_dir / "history.csv")
