@@ -438,12 +438,8 @@ def train(
 ) -> pd.DataFrame:
     """Train the networks, keep the best epoch of each, and report how good they are.
 
-    Args:
-        cfg: Settings.
-        mfcc: The features.
-        tables: What divide gave.
-        resume: Whether to go on with the run in run_dir.
-        init: The model to start from, of the same settings.
+    `tables` is what divide gave, `init` the model to start from, `resume` whether to go on with the run in
+    run_dir.
 
     Returns:
         What predictions.csv holds; under torchrun nothing in all processes but the first.
@@ -453,21 +449,15 @@ def train(
         KeyboardInterrupt: The finished epochs are saved.
     """
     clips = tables[0]  # the test part is that of all
-    say(describe_split(clips, cfg))
+    about = describe_split(clips, cfg)
+    say(about)
     data = hashlib.sha256(clips[["audio_hash", "emotion", "part"]].to_csv(index=False).encode()).hexdigest()
     run_id = start_run(cfg, data, resume=resume, init=init) if rank() == 0 else ""
-    n_epochs = 0
-
-    def show(row: Row) -> None:
-        nonlocal n_epochs
-        n_epochs += 1
-        show_epoch(row, cfg, bar)
-
     try:
         quiet = True if rank() > 0 else None  # None: where there is no terminal
         with tqdm(total=cfg.ensemble * cfg.epochs, unit="epoch", disable=quiet) as bar:
             broadcast([run_id])  # the others wait until an earlier run is set aside
-            fit_members(cfg, tables, mfcc, resume=resume, show=show)
+            fit_members(cfg, tables, mfcc, resume=resume, show=lambda row: show_epoch(row, cfg, bar))
     except (KeyboardInterrupt, UserError) as error:  # the networks so far are worth keeping
         with contextlib.suppress(UserError):  # a damaged state, or the error itself once more
             if rank() == 0 and collect(cfg, tables, mfcc, run_id):
@@ -475,12 +465,10 @@ def train(
         if isinstance(error, KeyboardInterrupt):
             note("stopped: the same command with --resume goes on after the last finished epoch")
         raise
-    if not n_epochs:
-        note(
-            f"note: the run had ended: to train its model further, start another with --init {cfg.checkpoint}"
-        )
+    if not bar.n:
+        note(f"note: nothing was left to train: a new run --init {cfg.checkpoint} trains the model further")
     collected = collect(cfg, tables, mfcc, run_id) if rank() == 0 else None
-    return report(cfg, clips, mfcc, *collected) if collected else pd.DataFrame()
+    return report(cfg, clips, mfcc, *collected, about=about) if collected else pd.DataFrame()
 
 
 def describe_split(clips: pd.DataFrame, cfg: Config) -> str:
@@ -496,7 +484,7 @@ def describe_split(clips: pd.DataFrame, cfg: Config) -> str:
 
 def show_epoch(row: Row, cfg: Config, bar: "tqdm[Any]") -> None:
     """Move the bar; where there is no terminal to draw it on, print a line."""
-    bar.update()
+    bar.n += 1  # also where there is no bar
     bar.set_postfix_str(f"network {row['network']}: {row['val_accuracy']:.1%} of val")
     if bar.disable:
         train = f"train loss {row['train_loss']:.3f} accuracy {row['train_accuracy']:5.1%}"
@@ -665,28 +653,44 @@ def fit_temperature(probabilities: Tensor, targets: Tensor, n_networks: Tensor) 
 
 
 def report(
-    cfg: Config, clips: pd.DataFrame, mfcc: MFCC, checkpoint: Checkpoint, validated: pd.DataFrame
+    cfg: Config,
+    clips: pd.DataFrame,
+    mfcc: MFCC,
+    checkpoint: Checkpoint,
+    validated: pd.DataFrame | None,
+    *,
+    about: str,
 ) -> pd.DataFrame:
-    """Score the model: its predictions of the validation clips, and of the test clips, which are made here.
+    """Score the model: its predictions of validation clips, if any, and of the test clips, made here.
 
     Returns:
         The predictions of the test clips; where there are none, of the validation clips.
     """
     run_dir = Path(cfg.run_dir)
-    model = build_ensemble(checkpoint)
-    metrics = {"split": describe_split(clips, cfg), **describe_model(checkpoint, model, cfg)}
-    predictions, metrics["val"] = validated, score(validated, checkpoint.labels)
+    model = build_ensemble(checkpoint).to(resolve_device(cfg.device))
+    metrics: dict[str, Any] = {
+        "run": checkpoint.run,
+        "split": about,
+        "epochs": checkpoint.epochs,
+        "temperature": checkpoint.temperature,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "config": asdict(cfg),
+    }
+    predictions = pd.DataFrame() if validated is None else validated
+    if validated is not None:
+        metrics["val"] = score(validated, checkpoint.labels)
     test = clips[clips.part == "test"].reset_index(drop=True)
     if len(test):
-        predictions = label_clips(model, test, checkpoint.labels, cfg, mfcc)
+        loader = make_loader(test, checkpoint.labels, FeatureCache(cfg, mfcc), cfg)
+        predictions = make_predictions(test, checkpoint.labels, evaluate(model, loader)[0])
         metrics["test"] = score(predictions, checkpoint.labels)
     save_json(run_dir / "metrics.json", metrics)
     save_predictions(run_dir, predictions, checkpoint.labels)
     for part, title in PART_TITLES.items():
         if part in metrics:
-            say(f"\n{title}\n{describe_scores(metrics[part])}")
+            say(f"\n{title}\n" * (validated is not None) + describe_scores(metrics[part]))
     epochs = ", ".join(map(str, checkpoint.epochs))
-    say(f"\n{cfg.checkpoint}: {checkpoint.summary}, of epoch {epochs}; history and figures in {run_dir}")
+    say(f"\n{cfg.checkpoint}: {checkpoint.summary}, of epoch {epochs}; report and figures in {run_dir}")
     return predictions
 
 
@@ -694,26 +698,6 @@ PART_TITLES = {
     "val": "validation clips, each by the networks that did not train on it (they chose the epochs)",
     "test": "test clips (scored once: the score to quote)",
 }
-
-
-def describe_model(checkpoint: Checkpoint, model: nn.Module, cfg: Config) -> dict[str, Any]:
-    """What metrics.json says besides the scores."""
-    return {
-        "run": checkpoint.run,
-        "epochs": checkpoint.epochs,
-        "temperature": checkpoint.temperature,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "config": asdict(cfg),
-    }
-
-
-def label_clips(
-    model: EmotionEnsemble, clips: pd.DataFrame, labels: Sequence[str], cfg: Config, mfcc: MFCC
-) -> pd.DataFrame:
-    """The predictions of clips whose features are in the cache, as make_predictions gives them."""
-    loader = make_loader(clips, labels, FeatureCache(cfg, mfcc), cfg)
-    probabilities, _ = evaluate(model.to(resolve_device(cfg.device)), loader)
-    return make_predictions(clips, labels, probabilities)
 
 
 def make_predictions(clips: pd.DataFrame, labels: Sequence[str], probabilities: Tensor) -> pd.DataFrame:
@@ -896,7 +880,6 @@ STYLE: Any = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "figure.constrained_layout.use": True,
-    "text.parse_math": False,  # a class may be called $
 }
 
 
@@ -932,7 +915,7 @@ def plot_history(history: pd.DataFrame, kept: Sequence[int]) -> Any:  # noqa: AN
     for axes, name in zip(panels, ("loss", "accuracy", "learning rate"), strict=True):
         axes.set(xlabel="epoch", title=name)
     panels[0].legend(fontsize="small")
-    panels[2].set_yscale("log")
+    panels[2].ticklabel_format(axis="y", scilimits=(0, 0))
     return figure
 
 
@@ -968,7 +951,7 @@ def plot_scores(predictions: pd.DataFrame, labels: Sequence[str]) -> Any:  # noq
     bars.set_yticks(range(len(groups)), [f"{name} ({len(group):,})" for name, group in groups.items()])
     bars.invert_yaxis()
     bars.grid(visible=False, axis="y")
-    bars.set(xlim=(0, 1), xlabel=f"accuracy; interval over speakers from {MIN_SPEAKERS} on", title="corpora")
+    bars.set(xlim=(0, 1), xlabel=f"95 % interval over {MIN_SPEAKERS} speakers or more", title="accuracy")
 
     confidence = predictions[[f"p({label})" for label in labels]].max(axis=1)
     right = predictions.emotion == predictions.predicted
@@ -1020,6 +1003,9 @@ def cross_validate(
 # ---- other models, other clips ---------------------------------------------------------------------------
 
 
+WORTHLESS = "scores of clips that it was trained on are worth nothing"
+
+
 def load_init(path: Path, cfg: Config, labels: Sequence[str]) -> Checkpoint:
     """The model to start from.
 
@@ -1027,27 +1013,23 @@ def load_init(path: Path, cfg: Config, labels: Sequence[str]) -> Checkpoint:
         UserError: It cannot be read, or the settings of its networks are not those of the run.
     """
     checkpoint, _ = load_checkpoint(path)
-    theirs = checkpoint.config
-    fields = sorted(name for name in MODEL_FIELDS if getattr(theirs, name) != getattr(cfg, name))
-    flags = [f"--{name} {getattr(theirs, name)}" for name in fields if name != "ensemble"]
-    if cfg.ensemble > len(checkpoint.members):
-        flags.append(f"--ensemble {len(checkpoint.members)}")
-    if flags:
-        raise UserError(f"features and networks must be those of {path}: pass {' '.join(flags)}")
+    theirs, n_networks = checkpoint.config, len(checkpoint.members)
+    names = sorted(name for name in MODEL_FIELDS if getattr(theirs, name) != getattr(cfg, name))
+    wanted = [f"--{name} {getattr(theirs, name)}" for name in names if name != "ensemble"]
+    wanted += [f"--ensemble {n_networks}"] * (cfg.ensemble > n_networks)
+    if wanted:
+        raise UserError(f"what shapes the networks must be as in {path}: pass {' '.join(wanted)}")
     if checkpoint.labels != labels:
-        ours, known = ", ".join(labels), ", ".join(checkpoint.labels)
-        note(f"note: classes {ours}, those of {path} {known}: starts with a new last layer")
-    if any(getattr(theirs, name) != getattr(cfg, name) for name in SPLIT_FIELDS):
+        classes = f"{', '.join(labels)}, not as in {path} {', '.join(checkpoint.labels)}"
+        note(f"note: classes {classes}: starts with a new last layer")
+    fields = ("split", "val_fraction", "test_fraction", "seed")
+    if any(getattr(theirs, name) != getattr(cfg, name) for name in fields):
         note(f"warning: {path} was trained on another split: {WORTHLESS}")
     return checkpoint
 
 
-SPLIT_FIELDS = ("split", "val_fraction", "test_fraction", "seed")
-WORTHLESS = "scores of clips that it was trained on are worth nothing"
-
-
 def evaluate_folder(cfg: Config, folder: str, *, is_named: bool) -> None:
-    """Score a trained model on a folder of labelled clips; the report goes to run_dir/evaluate_<folder>.
+    """Score a model on a folder of labelled clips; the report goes to run_dir/evaluate_<folder>.
 
     Raises:
         UserError: There is no such model, or it knows no class of the folder.
@@ -1056,24 +1038,25 @@ def evaluate_folder(cfg: Config, folder: str, *, is_named: bool) -> None:
     path = path if is_named or path.exists() else PRETRAINED
     checkpoint, model = load_checkpoint(path)
     note(f"model: {path}, {checkpoint.summary}")
-    own = {name: getattr(cfg, name) for name in RUNTIME_FIELDS} | {"data_dir": folder}
     run_dir = Path(cfg.run_dir, f"evaluate_{Path(folder).resolve().name}")
-    cfg = replace(checkpoint.config, **own | {"run_dir": str(run_dir)})
-    found = load_corpus(cfg, model.mfcc)
-    clips = found[found.emotion.isin(checkpoint.labels)].reset_index(drop=True)
+    places = {"data_dir": folder, "run_dir": str(run_dir), "checkpoint": str(path)}
+    own = {name: getattr(cfg, name) for name in RUNTIME_FIELDS} | places
+    found = load_corpus(replace(checkpoint.config, **own), model.mfcc)
+    clips = found[found.emotion.isin(checkpoint.labels)]
     classes = f"classes of {folder}: {', '.join(sorted(set(found.emotion)))}"
     classes += f"; classes of {path}: {', '.join(checkpoint.labels)}"
     if clips.empty:
         raise UserError(f"{classes}: none in common")
-    if n_unknown := len(found) - len(clips):
-        note(f"note: {n_unknown} clips left out: {classes}")
-    predictions = label_clips(model, clips, checkpoint.labels, cfg, model.mfcc)
-    metrics = describe_model(checkpoint, model, cfg) | {"checkpoint": str(path), "left_out": n_unknown}
-    metrics |= {"note": WORTHLESS, "test": score(predictions, checkpoint.labels)}
-    save_json(run_dir / "metrics.json", metrics)
-    save_predictions(run_dir, predictions, checkpoint.labels)
-    say(f"{len(clips):,} clips of {folder}, labelled by {path}; {WORTHLESS}")
-    say(f"{describe_scores(metrics['test'])}\n\nreport and figures in {run_dir}")
+    if len(clips) < len(found):
+        note(f"note: {len(found) - len(clips)} clips left out: {classes}")
+    about = f"{len(clips):,} of {len(found):,} clips of {folder}; {WORTHLESS}"
+    with contextlib.suppress(OSError, ValueError, LookupError):  # the run may be elsewhere, or of long ago
+        earlier = json.loads(Path(cfg.run_dir, "run.json").read_text())
+        if earlier["run"] == checkpoint.run and Path(earlier["data_dir"]).resolve() == Path(folder).resolve():
+            about += f", and it was trained on clips of {folder}"
+    say(about)
+    cfg = replace(checkpoint.config, **own)
+    report(cfg, clips.assign(part="test"), model.mfcc, checkpoint, None, about=about)
 
 
 def read_run(folder: str) -> tuple[dict[str, Any], pd.DataFrame]:
@@ -1082,14 +1065,10 @@ def read_run(folder: str) -> tuple[dict[str, Any], pd.DataFrame]:
     Raises:
         UserError: The folder does not hold them.
     """
+    as_they_are: Any = {"dtype": str, "keep_default_na": False, "encoding_errors": "surrogateescape"}
     try:
         metrics = json.loads(Path(folder, "metrics.json").read_text())
-        table = pd.read_csv(
-            Path(folder, "predictions.csv"),
-            dtype=str,
-            keep_default_na=False,
-            encoding_errors="surrogateescape",
-        )
+        table = pd.read_csv(Path(folder, "predictions.csv"), **as_they_are)
         table.index = pd.Index([str(Path(path).resolve()) for path in table.path])
         numbers = [column for column in table if column.startswith("p(")]
         table["confidence"] = table[numbers].astype(float).max(axis=1)
@@ -1108,31 +1087,29 @@ def compare(one: str, other: str) -> None:
     """
     (mine, a), (theirs, b) = read_run(one), read_run(other)
     settings = pd.DataFrame({one: pd.Series(mine, dtype=object), other: pd.Series(theirs, dtype=object)})
-    settings = settings.drop(["run_dir", "cache_dir", "checkpoint", "submission"])
+    settings = settings.drop(["run_dir", "cache_dir", "checkpoint", "submission"], errors="ignore")
     differ = settings[settings[one] != settings[other]]
-    say("no setting differs" if differ.empty else differ.map(repr).to_string())
     common = a.index.intersection(b.index)
-    if common.empty:
-        raise UserError(f"no clip was tested in both {one} and {other}, e.g. not {a.index[0]} in {other}")
     sizes = f"{len(common):,} clips that both tested, of {len(a):,} in {one} and {len(b):,} in {other}"
+    if common.empty:
+        raise UserError(f"no clip was tested in both {one} and {other}: nothing to compare")
     a, b = a.loc[common], b.loc[common]
     if n_odd := int((a.emotion != b.emotion).sum()):
-        raise UserError(f"{n_odd} of {sizes} have another true class in {other}: not comparable")
-
-    unit, what = pd.Series(common, index=common), "clips, as fewer than five speakers are known"
+        raise UserError(f"{n_odd} of {sizes} have another true class there: nothing to compare")
+    unit, units = pd.Series(common, index=common), "clips, as fewer than five speakers are known"
     if speakers_known(a):
-        unit, what = a.speaker, f"{a.speaker.nunique()} speakers"
+        unit, units = a.speaker, f"{a.speaker.nunique()} speakers"
     table = pd.DataFrame({one: summarize(a), other: summarize(b)}).loc[list(SCORES)].rename(index=SCORES)
-    table.loc["calibration error"] = [
-        calibration_error(run.confidence, run.emotion == run.predicted) for run in (a, b)
-    ]
+    errors = [calibration_error(run.confidence, run.emotion == run.predicted) for run in (a, b)]
+    table.loc["calibration error"] = errors
     table["difference"] = table[other] - table[one]
     change = (resample(b, unit) - resample(a, unit)).rename(columns=SCORES)
     table[["95 % from", "to"]] = change.quantile([0.025, 0.975]).T
     formats = dict.fromkeys([one, other], "{:.1%}".format)
+    say("no setting differs" if differ.empty else differ.map(repr).to_string())
     say(f"\n{sizes}")
     say(table.to_string(formatters=formats, float_format="{:+.1%}".format, na_rep=""))
-    say(f"95 % interval of the difference: resampled by {what}")
+    say(f"95 % interval of the difference: resampled by {units}")
 
 
 # ---- the script ------------------------------------------------------------------------------------------
