@@ -468,7 +468,7 @@ def train(
     if not bar.n:
         note(f"note: nothing was left to train: a new run --init {cfg.checkpoint} trains the model further")
     collected = collect(cfg, tables, mfcc, run_id) if rank() == 0 else None
-    return report(cfg, clips, mfcc, *collected, about=about) if collected else pd.DataFrame()
+    return report(cfg, clips, *collected, about) if collected else pd.DataFrame()
 
 
 def describe_split(clips: pd.DataFrame, cfg: Config) -> str:
@@ -653,15 +653,11 @@ def fit_temperature(probabilities: Tensor, targets: Tensor, n_networks: Tensor) 
 
 
 def report(
-    cfg: Config,
-    clips: pd.DataFrame,
-    mfcc: MFCC,
-    checkpoint: Checkpoint,
-    validated: pd.DataFrame | None,
-    *,
-    about: str,
+    cfg: Config, clips: pd.DataFrame, checkpoint: Checkpoint, validated: pd.DataFrame, about: str
 ) -> pd.DataFrame:
-    """Score the model: its predictions of validation clips, if any, and of the test clips, made here.
+    """Score the model: its predictions of the validation clips, if any, and of the test clips, made here.
+
+    `about` says which clips these are.
 
     Returns:
         The predictions of the test clips; where there are none, of the validation clips.
@@ -676,19 +672,19 @@ def report(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "config": asdict(cfg),
     }
-    predictions = pd.DataFrame() if validated is None else validated
-    if validated is not None:
+    predictions = validated
+    if len(validated):
         metrics["val"] = score(validated, checkpoint.labels)
     test = clips[clips.part == "test"].reset_index(drop=True)
     if len(test):
-        loader = make_loader(test, checkpoint.labels, FeatureCache(cfg, mfcc), cfg)
+        loader = make_loader(test, checkpoint.labels, FeatureCache(cfg, model.mfcc), cfg)
         predictions = make_predictions(test, checkpoint.labels, evaluate(model, loader)[0])
         metrics["test"] = score(predictions, checkpoint.labels)
     save_json(run_dir / "metrics.json", metrics)
     save_predictions(run_dir, predictions, checkpoint.labels)
     for part, title in PART_TITLES.items():
         if part in metrics:
-            say(f"\n{title}\n" * (validated is not None) + describe_scores(metrics[part]))
+            say(f"\n{title}\n" * ("val" in metrics) + describe_scores(metrics[part]))
     epochs = ", ".join(map(str, checkpoint.epochs))
     say(f"\n{cfg.checkpoint}: {checkpoint.summary}, of epoch {epochs}; report and figures in {run_dir}")
     return predictions
@@ -848,21 +844,13 @@ def mistakes_page(run_dir: Path, predictions: pd.DataFrame, labels: Sequence[str
 
     The data go in as JSON without a `<`, so that no name can end the script that holds them.
     """
-
-    def link(path: str) -> str:
-        try:
-            return quote(Path(os.path.relpath(path, run_dir)).as_posix(), errors="surrogateescape")
-        except ValueError:  # another drive of Windows
-            return Path(path).absolute().as_uri()
-
-    columns = [f"p({label})" for label in labels]
     wrong = predictions[predictions.emotion != predictions.predicted]
+    links = [Path(os.path.relpath(path, run_dir)).as_posix() for path in wrong.path]
     wrong = wrong.assign(
-        link=wrong.path.map(link),
-        confidence=wrong[columns].max(axis=1).astype(float),
-        true_class=[float(row[f"p({row['emotion']})"]) for _, row in wrong.iterrows()],
-    ).sort_values("confidence", ascending=False, kind="stable")
-    mistakes = wrong.drop(columns=columns).to_dict("records")
+        link=[quote(link, errors="surrogateescape") for link in links],
+        confidence=wrong[[f"p({label})" for label in labels]].max(axis=1),
+    )
+    mistakes = wrong.sort_values("confidence", ascending=False, kind="stable").to_dict("records")
     data = json.dumps({"clips": len(predictions), "labels": list(labels), "mistakes": mistakes})
     template = Path(__file__).with_name("assets") / "mistakes.html"
     return template.read_bytes().replace(b"{{data}}", data.replace("<", "\\u003c").encode())
@@ -1056,7 +1044,7 @@ def evaluate_folder(cfg: Config, folder: str, *, is_named: bool) -> None:
             about += f", and it was trained on clips of {folder}"
     say(about)
     cfg = replace(checkpoint.config, **own)
-    report(cfg, clips.assign(part="test"), model.mfcc, checkpoint, None, about=about)
+    report(cfg, clips.assign(part="test"), checkpoint, pd.DataFrame(), about)
 
 
 def read_run(folder: str) -> tuple[dict[str, Any], pd.DataFrame]:
