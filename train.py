@@ -1026,10 +1026,11 @@ def evaluate_folder(cfg: Config, folder: str, *, is_named: bool) -> None:
     path = path if is_named or path.exists() else PRETRAINED
     checkpoint, model = load_checkpoint(path)
     note(f"model: {path}, {checkpoint.summary}")
-    run_dir = Path(cfg.run_dir, f"evaluate_{Path(folder).resolve().name}")
-    places = {"data_dir": folder, "run_dir": str(run_dir), "checkpoint": str(path)}
-    own = {name: getattr(cfg, name) for name in RUNTIME_FIELDS} | places
-    found = load_corpus(replace(checkpoint.config, **own), model.mfcc)
+    home, place = Path(cfg.run_dir), Path(folder).resolve()
+    own = {name: getattr(cfg, name) for name in RUNTIME_FIELDS} | {"checkpoint": str(path)}
+    own |= {"data_dir": folder, "run_dir": str(home / f"evaluate_{place.name}")}
+    cfg = replace(checkpoint.config, **own)
+    found = load_corpus(cfg, model.mfcc)
     clips = found[found.emotion.isin(checkpoint.labels)]
     classes = f"classes of {folder}: {', '.join(sorted(set(found.emotion)))}"
     classes += f"; classes of {path}: {', '.join(checkpoint.labels)}"
@@ -1039,11 +1040,10 @@ def evaluate_folder(cfg: Config, folder: str, *, is_named: bool) -> None:
         note(f"note: {len(found) - len(clips)} clips left out: {classes}")
     about = f"{len(clips):,} of {len(found):,} clips of {folder}; {WORTHLESS}"
     with contextlib.suppress(OSError, ValueError, LookupError):  # the run may be elsewhere, or of long ago
-        earlier = json.loads(Path(cfg.run_dir, "run.json").read_text())
-        if earlier["run"] == checkpoint.run and Path(earlier["data_dir"]).resolve() == Path(folder).resolve():
+        earlier = json.loads((home / "run.json").read_text())
+        if earlier["run"] == checkpoint.run and Path(earlier["data_dir"]).resolve() == place:
             about += f", and it was trained on clips of {folder}"
     say(about)
-    cfg = replace(checkpoint.config, **own)
     report(cfg, clips.assign(part="test"), checkpoint, pd.DataFrame(), about)
 
 

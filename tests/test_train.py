@@ -566,7 +566,8 @@ def test_evaluate_scores_a_model_on_any_labelled_folder(
     assert metrics["config"]["n_mfcc"] == copied.n_mfcc
     # The same without a model of one's own: the bundled one.
     monkeypatch.setattr(train, "PRETRAINED", Path(copied.checkpoint))
-    assert script(Config(run_dir=str(tmp_path / "new"), checkpoint="none.pth"), evaluate=str(folder)) == 0
+    places = {"run_dir": str(tmp_path / "new"), "checkpoint": "none.pth", "cache_dir": copied.cache_dir}
+    assert script(Config(num_workers=0, device="cpu", **places), evaluate=str(folder)) == 0
     assert (tmp_path / "new" / "evaluate_mine" / "predictions.csv").read_text() == (
         report / "predictions.csv"
     ).read_text()
