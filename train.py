@@ -796,7 +796,7 @@ def describe_scores(scores: dict[str, Any]) -> str:
         lines.append(f"{text:27}{scores[name]:6.1%}{interval}")
     lines.append(f"{'calibration error':27}{scores['calibration_error']:6.1%}")
     if not scores["intervals"]:
-        lines.append("no intervals: they need five speakers or more, all known; --folds tests on each")
+        lines.append("no intervals: they need five speakers or more, all known (see --manifest, --folds)")
     per_class = pd.DataFrame(scores["per_class"]).T.rename(columns={"f1-score": "F1", "support": "clips"})
     per_corpus = pd.DataFrame(scores["per_corpus"]).T.rename(columns={"uar": "UAR", "macro_f1": "F1"})
     for table in (per_class, per_corpus):
@@ -902,6 +902,7 @@ def plot_history(history: pd.DataFrame, kept: Sequence[int]) -> Any:  # noqa: AN
         panels[2].plot(rows.epoch, rows.learning_rate, color="black", alpha=0.5)
     for axes, name in zip(panels, ("loss", "accuracy", "learning rate"), strict=True):
         axes.set(xlabel="epoch", title=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
     panels[0].legend(fontsize="small")
     panels[2].ticklabel_format(axis="y", scilimits=(0, 0))
     return figure
