@@ -33,7 +33,7 @@ class Config:
     test_dir: str = ""  # unlabelled clips for the submission; empty: the folder Test in data_dir
     cache_dir: str = "cache"  # extracted features; safe to delete
     run_dir: str = "run"  # history, metrics, figures, and what --resume continues from
-    checkpoint: str = "best_emotion_model.pth"  # the trained model
+    checkpoint: str = "best_emotion_model.pth"  # the trained model; with --run_dir A, in A
     submission: str = "submission.csv"  # what inference.py writes for the test clips
     manifest: str = ""  # CSV with filename and emotion or speaker; empty: manifest.csv in data_dir
     labels_from: str = "auto"  # folders, or auto: file names, where most of them disagree with the folders
@@ -256,6 +256,9 @@ def parse(
         if places := sorted(DEMO.keys() & values.keys()):
             parser.error(f"--demo has its own folders: leave out --{places[0]}")
         values = {"ensemble": 2, "epochs": 12, "min_steps": 1} | values | DEMO  # quick
+    home = Path(values.get("run_dir", Config.run_dir))
+    if home != Path(Config.run_dir):  # a run of its own folder keeps its model there
+        values = {"checkpoint": str(home / Config.checkpoint)} | values
     try:
         return Config(**values), known
     except UserError as error:

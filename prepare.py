@@ -503,7 +503,8 @@ class MFCC(nn.Module):
     def __init__(self, constants: Mapping[str, Tensor], hop_length: int) -> None:
         super().__init__()
         self.window = nn.Buffer(constants["window"].float())
-        self.mel = nn.Buffer(constants["mel"].to_dense().float())
+        # A checkpoint's is sparse and has no -0, librosa's has: both must name the same cache.
+        self.mel = nn.Buffer(constants["mel"].to_dense().float() + 0)
         self.dct = nn.Buffer(constants["dct"].float())
         self.deltas = nn.Buffer(constants["deltas"].float())
         self.hop_length = hop_length

@@ -2,17 +2,22 @@
 
     python train.py
 
-writes best_emotion_model.pth and, into run/, history.csv, metrics.json, predictions.csv, loss.png and
-confusion_matrix.png. `--resume` goes on with an interrupted run, `--folds 5` cross-validates. On several
-GPUs or machines: `torchrun --nproc_per_node 2 train.py`.
+writes best_emotion_model.pth and, into run/, history.csv, metrics.json, predictions.csv, figures, and
+mistakes.html to listen to. On several GPUs or machines: `torchrun --nproc_per_node 2 train.py`.
+
+    python train.py --evaluate FOLDER     the same report on other labelled clips, in run/evaluate_FOLDER
+    python train.py --compare run other   two runs side by side
 """
 
-from config import DEMO, RUNTIME_FIELDS, Config, UserError, make_parser, note, parse, printable, run
+from config import MODEL_FIELDS, RUNTIME_FIELDS, Config, UserError, make_parser, note, parse, printable, run
 
 if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imports
     parser = make_parser(__doc__)
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in run_dir")
     parser.add_argument("--folds", type=int, default=0, help="cross-validate: test on each of so many parts")
+    parser.add_argument("--init", metavar="MODEL", help="start from the weights of a trained model")
+    parser.add_argument("--evaluate", metavar="FOLDER", help="score the model on labelled clips; no training")
+    parser.add_argument("--compare", metavar="RUN", nargs=2, help="compare the run folders of two runs")
     ARGS = parse(parser)
 
 import contextlib
@@ -29,13 +34,14 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, TypeAlias, cast
+from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -48,6 +54,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 from tqdm import tqdm
 
+from inference import PRETRAINED
 from model import (
     Augment,
     Batch,
@@ -59,6 +66,7 @@ from model import (
     broadcast,
     build_ensemble,
     calibrate,
+    load_checkpoint,
     load_tensors,
     mean_over_windows,
     member_seed,
@@ -240,6 +248,7 @@ def fit(
     torch.manual_seed(seed)
     all_windows = make_loader(train_clips, labels, cache, cfg)
     model = make_network(cfg, len(labels), member, all_windows).to(device)
+    start_from(init_file(cfg), model, member, labels)
     average = make_average(model, cfg.ema_decay)
     optimizer = make_optimizer(model, cfg)
     warmup, plateau = make_schedules(optimizer, cfg, len(train_loader))
@@ -297,6 +306,24 @@ def fit(
 def network_file(cfg: Config, member: int) -> Path:
     """Where the state of a network lies, for --resume."""
     return Path(cfg.run_dir, f"network{member}.pth")
+
+
+def init_file(cfg: Config) -> Path:
+    """Where a run keeps the model that --init named."""
+    return Path(cfg.run_dir, "init.pth")
+
+
+def start_from(path: Path, model: EmotionCNNGRU, member: int, labels: Sequence[str]) -> None:
+    """Give a network the weights of its number in a trained model, mean and std of the features included.
+
+    Where the classes are others, the last layer stays as it is, at random; without a file so does all.
+    """
+    if path.is_file():
+        content, last = load_tensors(path), f"head.{len(model.head) - 1}."
+        weights = content["members"][member - 1]
+        if content["labels"] != list(labels):
+            weights |= {name: own for name, own in model.state_dict().items() if name.startswith(last)}
+        model.load_state_dict(weights)
 
 
 def make_network(cfg: Config, n_classes: int, member: int, loader: Loader) -> EmotionCNNGRU:
@@ -412,14 +439,13 @@ def divide(clips: pd.DataFrame, cfg: Config, *, fold: int = 0, n_folds: int = 0)
     ]
 
 
-def train(cfg: Config, mfcc: MFCC, tables: Sequence[pd.DataFrame], *, resume: bool) -> pd.DataFrame:
+def train(
+    cfg: Config, mfcc: MFCC, tables: Sequence[pd.DataFrame], *, resume: bool, init: Checkpoint | None
+) -> pd.DataFrame:
     """Train the networks, keep the best epoch of each, and report how good they are.
 
-    Args:
-        cfg: Settings.
-        mfcc: The features.
-        tables: What divide gave.
-        resume: Whether to go on with the run in run_dir.
+    `tables` is what divide gave, `init` the model to start from, `resume` whether to go on with the run in
+    run_dir.
 
     Returns:
         What predictions.csv holds; under torchrun nothing in all processes but the first.
@@ -429,9 +455,10 @@ def train(cfg: Config, mfcc: MFCC, tables: Sequence[pd.DataFrame], *, resume: bo
         KeyboardInterrupt: The finished epochs are saved.
     """
     clips = tables[0]  # the test part is that of all
-    say(describe_split(clips, cfg))
+    about = describe_split(clips, cfg)
+    say(about)
     data = hashlib.sha256(clips[["audio_hash", "emotion", "part"]].to_csv(index=False).encode()).hexdigest()
-    run_id = start_run(cfg, data, resume=resume) if rank() == 0 else ""
+    run_id = start_run(cfg, data, resume=resume, init=init) if rank() == 0 else ""
     try:
         quiet = True if rank() > 0 else None  # None: where there is no terminal
         with tqdm(total=cfg.ensemble * cfg.epochs, unit="epoch", disable=quiet) as bar:
@@ -444,8 +471,10 @@ def train(cfg: Config, mfcc: MFCC, tables: Sequence[pd.DataFrame], *, resume: bo
         if isinstance(error, KeyboardInterrupt):
             note("stopped: the same command with --resume goes on after the last finished epoch")
         raise
+    if not bar.n:
+        note(f"note: nothing was left to train: a new run --init {cfg.checkpoint} trains the model further")
     collected = collect(cfg, tables, mfcc, run_id) if rank() == 0 else None
-    return report(cfg, clips, mfcc, *collected) if collected else pd.DataFrame()
+    return report(cfg, clips, *collected, about) if collected else pd.DataFrame()
 
 
 def describe_split(clips: pd.DataFrame, cfg: Config) -> str:
@@ -461,7 +490,7 @@ def describe_split(clips: pd.DataFrame, cfg: Config) -> str:
 
 def show_epoch(row: Row, cfg: Config, bar: "tqdm[Any]") -> None:
     """Move the bar; where there is no terminal to draw it on, print a line."""
-    bar.update()
+    bar.n += 1  # also where there is no bar
     bar.set_postfix_str(f"network {row['network']}: {row['val_accuracy']:.1%} of val")
     if bar.disable:
         train = f"train loss {row['train_loss']:.3f} accuracy {row['train_accuracy']:5.1%}"
@@ -472,14 +501,16 @@ def show_epoch(row: Row, cfg: Config, bar: "tqdm[Any]") -> None:
 
 # What a run writes into run_dir, besides the lock and folders of earlier runs.
 RUN_FILES = (  # run.json last: while it is there, what is beside it is known to be of an earlier run
-    "history.csv metrics.json predictions.csv loss.png confusion_matrix.png network*.pth fold* run.json"
+    "history.csv metrics.json predictions.csv mistakes.html loss.png confusion_matrix.png scores.png "
+    "network*.pth init.pth fold* evaluate_* run.json"
 ).split()
 
 
-def start_run(cfg: Config, data: str, *, resume: bool) -> str:
+def start_run(cfg: Config, data: str, *, resume: bool, init: Checkpoint | None) -> str:
     """Set an earlier run in run_dir aside, or check that it can be resumed; returns the id of the run.
 
-    `data` stands for the clips and their split.
+    `data` stands for the clips and their split. The run keeps `init`, the model that it starts from, so that
+    it can be resumed when that file is gone, or holds what the run itself has written.
 
     Raises:
         UserError: There is nothing to resume, or it was another run.
@@ -493,8 +524,11 @@ def start_run(cfg: Config, data: str, *, resume: bool) -> str:
         if earlier:
             files = [file for pattern in RUN_FILES for file in sorted(about.parent.glob(pattern))]
             set_aside(files, Path(cfg.run_dir, earlier["run"]))
+        init_file(cfg).unlink(missing_ok=True)
+        if init:
+            save_checkpoint(init_file(cfg), init)
         run_id = datetime.now().strftime("%Y-%m-%d-%H%M%S")
-        save_json(about, {"run": run_id, **mine})
+        save_json(about, {"run": run_id, "init": init.run if init else "", **mine})
         return run_id
     if earlier is None:
         raise UserError(f"no run in {cfg.run_dir} to resume: start one with `python train.py`")
@@ -634,37 +668,40 @@ def fit_temperature(probabilities: Tensor, targets: Tensor, n_networks: Tensor) 
 
 
 def report(
-    cfg: Config, clips: pd.DataFrame, mfcc: MFCC, checkpoint: Checkpoint, validated: pd.DataFrame
+    cfg: Config, clips: pd.DataFrame, checkpoint: Checkpoint, validated: pd.DataFrame, about: str
 ) -> pd.DataFrame:
-    """Score the model: its predictions of the validation clips, and of the test clips, which are made here.
+    """Score the model: its predictions of the validation clips, if any, and of the test clips, made here.
+
+    `about` says which clips these are.
 
     Returns:
         The predictions of the test clips; where there are none, of the validation clips.
     """
     run_dir = Path(cfg.run_dir)
     model = build_ensemble(checkpoint).to(resolve_device(cfg.device))
-    cache = FeatureCache(cfg, mfcc)
     metrics: dict[str, Any] = {
         "run": checkpoint.run,
-        "split": describe_split(clips, cfg),
+        "split": about,
         "epochs": checkpoint.epochs,
         "temperature": checkpoint.temperature,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "config": asdict(cfg),
     }
-    predictions, metrics["val"] = validated, score(validated, checkpoint.labels)
+    predictions = validated
+    if len(validated):
+        metrics["val"] = score(validated, checkpoint.labels)
     test = clips[clips.part == "test"].reset_index(drop=True)
     if len(test):
-        probabilities, _ = evaluate(model, make_loader(test, checkpoint.labels, cache, cfg))
-        predictions = make_predictions(test, checkpoint.labels, probabilities)
+        loader = make_loader(test, checkpoint.labels, FeatureCache(cfg, model.mfcc), cfg)
+        predictions = make_predictions(test, checkpoint.labels, evaluate(model, loader)[0])
         metrics["test"] = score(predictions, checkpoint.labels)
-    save_predictions(run_dir, predictions, checkpoint.labels)
     save_json(run_dir / "metrics.json", metrics)
+    save_predictions(run_dir, predictions, checkpoint.labels)
     for part, title in PART_TITLES.items():
         if part in metrics:
-            say(f"\n{title}\n{describe_scores(metrics[part])}")
+            say(f"\n{title}\n" * ("val" in metrics) + describe_scores(metrics[part]))
     epochs = ", ".join(map(str, checkpoint.epochs))
-    say(f"\n{cfg.checkpoint}: {checkpoint.summary}, of epoch {epochs}; history and figures in {run_dir}")
+    say(f"\n{cfg.checkpoint}: {checkpoint.summary}, of epoch {epochs}; report and figures in {run_dir}")
     return predictions
 
 
@@ -716,22 +753,41 @@ def summarize(predictions: pd.DataFrame) -> dict[str, float]:
 MIN_SPEAKERS = 5  # behind an interval: fewer say nothing about the next speaker
 
 
-def bootstrap(predictions: pd.DataFrame, *, draws: int = 1000) -> dict[str, list[float]]:
-    """95 % intervals of accuracy and UAR, from resampled speakers (Efron & Tibshirani 1993, ch. 13).
+def speakers_known(predictions: pd.DataFrame) -> bool:
+    """Whether all speakers are known, and are enough to resample."""
+    return "" not in set(predictions.speaker) and predictions.speaker.nunique() >= MIN_SPEAKERS
+
+
+def bootstrap(predictions: pd.DataFrame) -> dict[str, list[float]]:
+    """95 % intervals of accuracy, UAR and macro F1, from resampled speakers.
 
     The clips of one speaker stand or fall together: resampling clips would promise too much. Empty where
     fewer than five speakers are known, or some are not.
     """
-    if "" in set(predictions.speaker) or predictions.speaker.nunique() < MIN_SPEAKERS:
+    if not speakers_known(predictions):
         return {}
+    quantiles = resample(predictions, predictions.speaker).quantile([0.025, 0.975])
+    return {name: values.tolist() for name, values in quantiles.items()}
+
+
+def resample(predictions: pd.DataFrame, unit: "pd.Series[str]", *, draws: int = 1000) -> pd.DataFrame:
+    """Scores of units (speakers, or clips) drawn with replacement (Efron & Tibshirani 1993, ch. 13).
+
+    `unit` (N,) says what each clip is drawn with. Tables with the same units get the same draws, a row for
+    each, so that their scores can be subtracted.
+    """
     right = predictions.predicted == predictions.emotion
-    counts = pd.crosstab(predictions.speaker, predictions.emotion).to_numpy()  # (speakers, classes)
-    hits = pd.crosstab(predictions.speaker, predictions.emotion, right, aggfunc="sum").fillna(0).to_numpy()
-    speakers = np.random.default_rng(0).integers(len(counts), size=(draws, len(counts)))
-    total, found = counts[speakers].sum(axis=1), hits[speakers].sum(axis=1)  # (draws, classes)
-    with np.errstate(invalid="ignore"):  # a class that no drawn speaker has
-        scores = {"accuracy": found.sum(axis=1) / total.sum(axis=1), "uar": np.nanmean(found / total, axis=1)}
-    return {name: np.quantile(values, [0.025, 0.975]).tolist() for name, values in scores.items()}
+    counts = pd.crosstab(unit, predictions.emotion)  # (units, classes)
+    hits = pd.crosstab(unit, predictions.emotion, right, aggfunc="sum").fillna(0)
+    guesses = pd.crosstab(unit, predictions.predicted).reindex(columns=counts.columns, fill_value=0)
+    drawn = np.random.default_rng(0).integers(len(counts), size=(draws, len(counts)))
+    times = np.stack([np.bincount(row, minlength=len(counts)) for row in drawn])  # (draws, units)
+    total, found, guessed = (times @ table.to_numpy(np.int64) for table in (counts, hits, guesses))
+    with np.errstate(invalid="ignore"):  # a class that no drawn unit has
+        recall, f1 = found / total, np.where(total > 0, 2 * found / (total + guessed), np.nan)
+    accuracy = found.sum(axis=1) / total.sum(axis=1)
+    scores = {"accuracy": accuracy, "uar": np.nanmean(recall, axis=1), "macro_f1": np.nanmean(f1, axis=1)}
+    return pd.DataFrame(scores)
 
 
 def calibration_error(confidence: FloatArray, right: Any, *, n_bins: int = 15) -> float:  # noqa: ANN401
@@ -743,20 +799,19 @@ def calibration_error(confidence: FloatArray, right: Any, *, n_bins: int = 15) -
     return float(np.abs(np.bincount(bins, weights=confidence - right)).sum() / len(right))
 
 
+SCORES = {"accuracy": "accuracy", "uar": "unweighted average recall", "macro_f1": "macro F1"}
+
+
 def describe_scores(scores: dict[str, Any]) -> str:
     """The scores, laid out for a terminal."""
     lines = []
-    for name, text in {
-        "accuracy": "accuracy",
-        "uar": "unweighted average recall",
-        "macro_f1": "macro F1",
-    }.items():
+    for name, text in SCORES.items():
         low, high = scores["intervals"].get(name, (0, 0))
         interval = f"  95 % interval over speakers {low:.1%} to {high:.1%}" if high else ""
         lines.append(f"{text:27}{scores[name]:6.1%}{interval}")
     lines.append(f"{'calibration error':27}{scores['calibration_error']:6.1%}")
     if not scores["intervals"]:
-        lines.append("no intervals: they need five speakers or more, all known; --folds tests on each")
+        lines.append("no intervals: they need five speakers or more, all known (see --manifest, --folds)")
     per_class = pd.DataFrame(scores["per_class"]).T.rename(columns={"f1-score": "F1", "support": "clips"})
     per_corpus = pd.DataFrame(scores["per_corpus"]).T.rename(columns={"uar": "UAR", "macro_f1": "F1"})
     for table in (per_class, per_corpus):
@@ -779,9 +834,11 @@ def save_table(path: Path, table: pd.DataFrame) -> None:
 
 
 def save_predictions(run_dir: Path, predictions: pd.DataFrame, labels: Sequence[str]) -> None:
-    """Write predictions.csv and draw the confusion matrix."""
+    """Write predictions.csv, draw its figures, and write a page to listen to the mistakes."""
     save_table(run_dir / "predictions.csv", predictions)
     save_figure(run_dir / "confusion_matrix.png", lambda: plot_confusion(predictions, labels))
+    save_figure(run_dir / "scores.png", lambda: plot_scores(predictions, labels))
+    save_view(run_dir / "mistakes.html", lambda: mistakes_page(run_dir, predictions, labels))
 
 
 def save_json(path: Path, content: dict[str, Any]) -> None:
@@ -789,33 +846,80 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
     save_file(path, json.dumps(content, indent=2).encode())
 
 
-def save_figure(path: Path, draw: Callable[[], Any]) -> None:
-    """Draw a figure and write it as PNG; whatever goes wrong is a warning, since the model is worth more."""
-    buffer = io.BytesIO()
+def save_view(path: Path, make: Callable[[], bytes]) -> None:
+    """Write what is only to look at; whatever goes wrong is a warning, since the model is worth more."""
     try:
-        with warnings.catch_warnings():
+        save_file(path, make())
+    except Exception as error:
+        note(f"warning: {path} not made: {error}")
+
+
+def mistakes_page(run_dir: Path, predictions: pd.DataFrame, labels: Sequence[str]) -> bytes:
+    """HTML with the clips that are wrong, the surest first, and a player for each.
+
+    The data go in as JSON without a `<`, so that no name can end the script that holds them.
+    """
+    wrong = predictions[predictions.emotion != predictions.predicted]
+    links = [Path(os.path.relpath(path, run_dir)).as_posix() for path in wrong.path]
+    wrong = wrong.assign(
+        link=[quote(link, errors="surrogateescape") for link in links],
+        confidence=wrong[[f"p({label})" for label in labels]].max(axis=1),
+    )
+    mistakes = wrong.sort_values("confidence", ascending=False, kind="stable").to_dict("records")
+    data = json.dumps({"clips": len(predictions), "labels": list(labels), "mistakes": mistakes})
+    template = Path(__file__).with_name("assets") / "mistakes.html"
+    return template.read_bytes().replace(b"{{data}}", data.replace("<", "\\u003c").encode())
+
+
+# ---- figures ---------------------------------------------------------------------------------------------
+
+# Colours that the colour-blind can tell apart (Okabe & Ito 2008, Color Universal Design).
+BLUE, ORANGE, SKY = "#0072B2", "#D55E00", "#56B4E9"
+STYLE: Any = {
+    "font.size": 12,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def save_figure(path: Path, draw: Callable[[], Any]) -> None:
+    """Draw a figure and write it as PNG, as save_view does."""
+
+    def make() -> bytes:
+        import matplotlib as mpl  # noqa: PLC0415 - takes a second; pyplot would want a display
+
+        buffer = io.BytesIO()
+        with warnings.catch_warnings(), mpl.rc_context(STYLE):
             warnings.filterwarnings("ignore", "Glyph")  # a class name in a script that the font lacks
             draw().savefig(buffer, format="png", dpi=150)
-        save_file(path, buffer.getvalue())
-    except Exception as error:
-        note(f"warning: {path} not drawn: {error}")
+        return buffer.getvalue()
+
+    save_view(path, make)
 
 
 def plot_history(history: pd.DataFrame, kept: Sequence[int]) -> Any:  # noqa: ANN401 - matplotlib's Figure
-    """Loss and accuracy of training and validation, a line per network, and the epochs that were kept."""
-    from matplotlib.figure import Figure  # noqa: PLC0415 - takes a second; pyplot would want a display
+    """Loss, accuracy and learning rate, a line per network, and the epochs that were kept."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
-        for number, (_, rows) in enumerate(history.groupby("network")):
-            label = {0: ("training, with dropout", "validation")}.get(number, (None, None))
-            axes.plot(rows.epoch, rows[f"train_{name}"], color="tab:blue", alpha=0.7, label=label[0])
-            axes.plot(rows.epoch, rows[f"val_{name}"], color="tab:orange", alpha=0.7, label=label[1])
-            chosen = rows[rows.epoch == kept[number]]
-            axes.plot(chosen.epoch, chosen[f"val_{name}"], "o", color="tab:orange")
-        axes.set(xlabel="epoch", ylabel=name)
-        axes.grid(alpha=0.3)
-        axes.legend()
+    figure = Figure(figsize=(11, 3.7))
+    panels = figure.subplots(1, 3)
+    for number, (_, rows) in enumerate(history.groupby("network")):
+        chosen = rows[rows.epoch == kept[number]]
+        label = ("training, with dropout", "validation") if number == 0 else (None, None)
+        for axes, name in zip(panels, ("loss", "accuracy"), strict=False):
+            axes.plot(rows.epoch, rows[f"train_{name}"], color=BLUE, alpha=0.7, label=label[0])
+            axes.plot(rows.epoch, rows[f"val_{name}"], color=ORANGE, alpha=0.7, label=label[1])
+            axes.plot(chosen.epoch, chosen[f"val_{name}"], "o", color=ORANGE)
+        panels[2].plot(rows.epoch, rows.learning_rate, color="black", alpha=0.5)
+    for axes, name in zip(panels, ("loss", "accuracy", "learning rate"), strict=True):
+        axes.set(xlabel="epoch", title=name)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    panels[0].legend(fontsize="small")
+    panels[2].ticklabel_format(axis="y", scilimits=(0, 0))
     return figure
 
 
@@ -824,20 +928,53 @@ def plot_confusion(predictions: pd.DataFrame, labels: Sequence[str]) -> Any:  # 
     from matplotlib.figure import Figure  # noqa: PLC0415
     from sklearn.metrics import ConfusionMatrixDisplay  # noqa: PLC0415
 
-    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    figure = Figure(figsize=(6.4, 5.8))
     axes = figure.subplots()
-    true, predicted, style = predictions.emotion, predictions.predicted, {"cmap": "Blues", "ax": axes}
-    ConfusionMatrixDisplay.from_predictions(
-        true, predicted, labels=labels, normalize="true", values_format=".0%", xticks_rotation=45, **style
-    )
+    style = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 1}, "colorbar": False, "xticks_rotation": 45}
+    style |= {"normalize": "true", "values_format": ".0%", "labels": labels, "ax": axes}
+    ConfusionMatrixDisplay.from_predictions(predictions.emotion, predictions.predicted, **style)
+    axes.grid(visible=False)
     axes.set(xlabel="predicted", ylabel="true", title=f"{len(predictions):,} clips")
+    return figure
+
+
+def plot_scores(predictions: pd.DataFrame, labels: Sequence[str]) -> Any:  # noqa: ANN401
+    """Accuracy of each corpus, and how far confidence can be believed; with 95 % intervals."""
+    from matplotlib.figure import Figure  # noqa: PLC0415
+    from scipy.stats import binomtest  # noqa: PLC0415
+
+    figure = Figure(figsize=(11, 4.4))
+    bars, reliability = figure.subplots(1, 2)
+    groups = {"all": predictions} | {str(name): group for name, group in predictions.groupby("corpus")}
+    for row, group in enumerate(groups.values()):
+        accuracy = float((group.emotion == group.predicted).mean())
+        bars.barh(row, accuracy, color=SKY)
+        bars.text(0.02, row, f"{accuracy:.1%}", va="center")
+        if interval := bootstrap(group).get("accuracy"):
+            bars.plot(interval, [row, row], color="black", marker="|")
+    bars.set_yticks(range(len(groups)), [f"{name} ({len(group):,})" for name, group in groups.items()])
+    bars.invert_yaxis()
+    bars.grid(visible=False, axis="y")
+    bars.set(xlim=(0, 1), xlabel=f"95 % interval over {MIN_SPEAKERS} speakers or more", title="accuracy")
+
+    confidence = predictions[[f"p({label})" for label in labels]].max(axis=1)
+    right = predictions.emotion == predictions.predicted
+    for _, inside in right.groupby(pd.cut(confidence, np.linspace(0, 1, 16)), observed=True):
+        place, test = confidence[inside.index].mean(), binomtest(int(inside.sum()), len(inside))
+        reliability.plot([place, place], test.proportion_ci(method="wilson"), color=BLUE)
+        reliability.scatter(place, inside.mean(), 20 + 600 * len(inside) / len(right), color=BLUE)
+    reliability.plot([0, 1], [0, 1], color="black", linestyle=":")
+    error = calibration_error(confidence.to_numpy(), right.to_numpy())
+    reliability.set(xlabel="confidence", ylabel="accuracy", title=f"calibration error {error:.1%}")
     return figure
 
 
 # ---- cross-validation ------------------------------------------------------------------------------------
 
 
-def cross_validate(cfg: Config, mfcc: MFCC, clips: pd.DataFrame, n_folds: int, *, resume: bool) -> None:
+def cross_validate(
+    cfg: Config, mfcc: MFCC, clips: pd.DataFrame, n_folds: int, *, resume: bool, init: Checkpoint | None
+) -> None:
     """Train once per fold, and score every clip by the networks that never saw it.
 
     Each fold is a run of its own in run_dir/fold<n>, its checkpoint included.
@@ -845,13 +982,13 @@ def cross_validate(cfg: Config, mfcc: MFCC, clips: pd.DataFrame, n_folds: int, *
     folds = [divide(clips, cfg, fold=fold, n_folds=n_folds) for fold in range(n_folds)]
     run_dir, tables = Path(cfg.run_dir), []
     if rank() == 0:
-        start_run(cfg, f"{n_folds} folds", resume=resume)
+        start_run(cfg, f"{n_folds} folds", resume=resume, init=init)
     for fold, parts in enumerate(folds):
         home = run_dir / f"fold{fold + 1}"
         say(f"\nfold {fold + 1} of {n_folds}")
         own = replace(cfg, run_dir=str(home), checkpoint=str(home / "best_emotion_model.pth"))
         goes_on = resume and (home / "run.json").is_file()
-        tables.append(train(own, mfcc, parts, resume=goes_on))
+        tables.append(train(own, mfcc, parts, resume=goes_on, init=init))
     if rank() > 0:
         return
     predictions = pd.concat(tables, ignore_index=True)
@@ -867,15 +1004,137 @@ def cross_validate(cfg: Config, mfcc: MFCC, clips: pd.DataFrame, n_folds: int, *
     save_predictions(run_dir, predictions, labels)
 
 
+# ---- other models, other clips ---------------------------------------------------------------------------
+
+
+WORTHLESS = "scores of clips that it was trained on are worth nothing"
+
+
+def load_init(path: Path, cfg: Config, labels: Sequence[str]) -> Checkpoint:
+    """The model to start from.
+
+    Raises:
+        UserError: It cannot be read, or the settings of its networks are not those of the run.
+    """
+    checkpoint, _ = load_checkpoint(path)
+    theirs, n_networks = checkpoint.config, len(checkpoint.members)
+    names = sorted(name for name in MODEL_FIELDS if getattr(theirs, name) != getattr(cfg, name))
+    wanted = [f"--{name} {getattr(theirs, name)}" for name in names if name != "ensemble"]
+    wanted += [f"--ensemble {n_networks}"] * (cfg.ensemble > n_networks)
+    if wanted:
+        raise UserError(f"what shapes the networks must be as in {path}: pass {' '.join(wanted)}")
+    if checkpoint.labels != labels:
+        classes = f"{', '.join(labels)}, not as in {path} {', '.join(checkpoint.labels)}"
+        note(f"note: classes {classes}: starts with a new last layer")
+    fields = ("split", "val_fraction", "test_fraction", "seed")
+    if any(getattr(theirs, name) != getattr(cfg, name) for name in fields):
+        note(f"warning: {path} was trained on another split: {WORTHLESS}")
+    return checkpoint
+
+
+def evaluate_folder(cfg: Config, folder: str, *, is_named: bool) -> None:
+    """Score a model on a folder of labelled clips; the report goes to run_dir/evaluate_<folder>.
+
+    Raises:
+        UserError: There is no such model, or it knows no class of the folder.
+    """
+    path = Path(cfg.checkpoint)
+    path = path if is_named or path.exists() else PRETRAINED
+    checkpoint, model = load_checkpoint(path)
+    note(f"model: {path}, {checkpoint.summary}")
+    home, place = Path(cfg.run_dir), Path(folder).resolve()
+    own = {name: getattr(cfg, name) for name in RUNTIME_FIELDS} | {"checkpoint": str(path)}
+    own |= {"data_dir": folder, "run_dir": str(home / f"evaluate_{place.name}")}
+    cfg = replace(checkpoint.config, **own)
+    found = load_corpus(cfg, model.mfcc)
+    clips = found[found.emotion.isin(checkpoint.labels)]
+    classes = f"classes of {folder}: {', '.join(sorted(set(found.emotion)))}"
+    classes += f"; classes of {path}: {', '.join(checkpoint.labels)}"
+    if clips.empty:
+        raise UserError(f"{classes}: none in common")
+    if len(clips) < len(found):
+        note(f"note: {len(found) - len(clips)} clips left out: {classes}")
+    about = f"{len(clips):,} of {len(found):,} clips of {folder}; {WORTHLESS}"
+    with contextlib.suppress(OSError, ValueError, LookupError):  # the run may be elsewhere, or of long ago
+        earlier = json.loads((home / "run.json").read_text())
+        if earlier["run"] == checkpoint.run and Path(earlier["data_dir"]).resolve() == place:
+            about += f", and it was trained on clips of {folder}"
+    say(about)
+    report(cfg, clips.assign(part="test"), checkpoint, pd.DataFrame(), about)
+
+
+def read_run(folder: str) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Settings and predictions of a finished run, the latter by the place of the file.
+
+    Raises:
+        UserError: The folder does not hold them.
+    """
+    as_they_are: Any = {"dtype": str, "keep_default_na": False, "encoding_errors": "surrogateescape"}
+    try:
+        metrics = json.loads(Path(folder, "metrics.json").read_text())
+        table = pd.read_csv(Path(folder, "predictions.csv"), **as_they_are)
+        table.index = pd.Index([str(Path(path).resolve()) for path in table.path])
+        numbers = [column for column in table if column.startswith("p(")]
+        table["confidence"] = table[numbers].astype(float).max(axis=1)
+        if "val" in metrics and "test" not in metrics:
+            note(f"note: {folder} has no test part: its validation clips are compared")
+        return metrics["config"], table[["emotion", "predicted", "speaker", "confidence"]]
+    except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
+        raise UserError(f"{folder} holds no finished run: {error}") from None
+
+
+def compare(one: str, other: str) -> None:
+    """Print in which settings two runs differ, and their scores on the clips that both tested.
+
+    Raises:
+        UserError: One is no finished run, or they have no clip in common.
+    """
+    (mine, a), (theirs, b) = read_run(one), read_run(other)
+    settings = pd.DataFrame({one: pd.Series(mine, dtype=object), other: pd.Series(theirs, dtype=object)})
+    settings = settings.drop(["run_dir", "cache_dir", "checkpoint", "submission"], errors="ignore")
+    differ = settings[settings[one] != settings[other]]
+    common = a.index.intersection(b.index)
+    sizes = f"{len(common):,} clips that both tested, of {len(a):,} in {one} and {len(b):,} in {other}"
+    if common.empty:
+        raise UserError(f"no clip was tested in both {one} and {other}: nothing to compare")
+    a, b = a.loc[common], b.loc[common]
+    if n_odd := int((a.emotion != b.emotion).sum()):
+        raise UserError(f"{n_odd} of {sizes} have another true class there: nothing to compare")
+    unit, units = pd.Series(common, index=common), "clips, as fewer than five speakers are known"
+    if speakers_known(a):
+        unit, units = a.speaker, f"{a.speaker.nunique()} speakers"
+    table = pd.DataFrame({one: summarize(a), other: summarize(b)}).loc[list(SCORES)].rename(index=SCORES)
+    errors = [calibration_error(run.confidence, run.emotion == run.predicted) for run in (a, b)]
+    table.loc["calibration error"] = errors
+    table["difference"] = table[other] - table[one]
+    change = (resample(b, unit) - resample(a, unit)).rename(columns=SCORES)
+    table[["95 % from", "to"]] = change.quantile([0.025, 0.975]).T
+    formats = dict.fromkeys([one, other], "{:.1%}".format)
+    say("no setting differs" if differ.empty else differ.map(repr).to_string())
+    say(f"\n{sizes}")
+    say(table.to_string(formatters=formats, float_format="{:+.1%}".format, na_rep=""))
+    say(f"95 % interval of the difference: resampled by {units}")
+
+
 # ---- the script ------------------------------------------------------------------------------------------
 
 
 def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
-    """Train."""
+    """Train, or score and compare what was trained."""
+    if flags.compare:
+        refuse_others(flags, "compare", set())
+        compare(*flags.compare)
+        return 0
+    if flags.evaluate is not None:
+        refuse_others(flags, "evaluate", RUNTIME_FIELDS - {"data_dir", "submission"})
+        evaluate_folder(cfg, flags.evaluate, is_named=bool({"checkpoint", "run_dir"} & vars(flags).keys()))
+        return 0
     if flags.folds == 1 or flags.folds < 0:
         raise UserError(f"folds = {flags.folds}: must be 0 or at least 2")
-    if flags.folds and cfg.checkpoint not in {Config().checkpoint, DEMO["checkpoint"]}:
+    if flags.folds and hasattr(flags, "checkpoint"):
         raise UserError("--folds keeps a checkpoint of each fold in run_dir: leave out --checkpoint")
+    if flags.resume and flags.init and not init_file(cfg).is_file():
+        raise UserError(f"the run in {cfg.run_dir} did not start from a model: leave out --resume, or --init")
     if Path(cfg.checkpoint).is_dir():
         raise UserError(f"checkpoint = {cfg.checkpoint!r}: is a folder, must be a file")
     with torchrun(cfg), contextlib.ExitStack() as stack:
@@ -889,12 +1148,25 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
                 raise UserError(f"another run is writing to {cfg.run_dir}: wait, or pass --run_dir") from None
         broadcast([None])  # the others wait for the demo corpus
         mfcc = MFCC(mfcc_constants(cfg), cfg.hop_length)
-        clips = load_corpus(cfg, mfcc)
+        clips, init = load_corpus(cfg, mfcc), None
+        if flags.init and not flags.resume:  # a run that is resumed has kept its own
+            init = load_init(Path(flags.init), cfg, sorted(set(clips.emotion)))
         if flags.folds:
-            cross_validate(cfg, mfcc, clips, flags.folds, resume=flags.resume)
+            cross_validate(cfg, mfcc, clips, flags.folds, resume=flags.resume, init=init)
         else:
-            train(cfg, mfcc, divide(clips, cfg), resume=flags.resume)
+            train(cfg, mfcc, divide(clips, cfg), resume=flags.resume, init=init)
     return 0
+
+
+def refuse_others(flags: Any, action: str, allowed: Collection[str]) -> None:  # noqa: ANN401
+    """Refuse flags that have no effect on what the script is told to do.
+
+    Raises:
+        UserError: Naming the first one.
+    """
+    for name, value in vars(flags).items():
+        if name not in {*allowed, action, "demo"} and (value or name in Config.__dataclass_fields__):
+            raise UserError(f"--{name} has no effect on --{action}: leave it out")
 
 
 if __name__ == "__main__":

@@ -134,6 +134,19 @@ def test_demo_has_its_own_places() -> None:
 
 
 @pytest.mark.parametrize(
+    ("argv", "checkpoint"),
+    [
+        ([], "best_emotion_model.pth"),
+        (["--run_dir=./run"], "best_emotion_model.pth"),
+        (["--run_dir=a"], "a/best_emotion_model.pth"),
+        (["--run_dir=a", "--checkpoint=b.pth"], "b.pth"),
+    ],
+)
+def test_run_of_its_own_folder_keeps_its_model_there(argv: list[str], checkpoint: str) -> None:
+    assert Path(parse(make_parser(""), argv)[0].checkpoint) == Path(checkpoint)
+
+
+@pytest.mark.parametrize(
     ("script", "bad", "reason"),
     [
         ("prepare.py", "--help_me", "unknown argument --help_me"),

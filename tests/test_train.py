@@ -13,6 +13,7 @@ from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
@@ -57,9 +58,12 @@ def state(cfg: Config, member: int = 1) -> dict[str, Any]:
     return load_tensors(Path(cfg.run_dir, f"network{member}.pth"))
 
 
+ACTIONS = {"demo": False, "resume": False, "folds": 0, "init": None, "evaluate": None, "compare": None}
+
+
 def script(cfg: Config, **settings: Any) -> int:
     """The script's work, in this process."""
-    return train.main(cfg, Namespace(**{"demo": False, "resume": False, "folds": 0, **settings}))
+    return train.main(cfg, Namespace(**{**ACTIONS, **settings}))
 
 
 # ---- small parts -----------------------------------------------------------------------------------------
@@ -215,9 +219,9 @@ def test_run_leaves_its_files(trained: Trained) -> None:
     assert {path.name for path in trained.folder.iterdir()} == {"run", "cache", "best.pth"}
     assert {path.name for path in run_dir.iterdir() if not path.name.startswith(".")} == {
         *("run.json", "history.csv", "metrics.json", "predictions.csv"),
-        *("loss.png", "confusion_matrix.png", "network1.pth", "network2.pth"),
+        *("loss.png", "confusion_matrix.png", "scores.png", "mistakes.html", "network1.pth", "network2.pth"),
     }
-    for name in ("loss.png", "confusion_matrix.png"):
+    for name in ("loss.png", "confusion_matrix.png", "scores.png"):
         assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
     assert "\r" not in trained.result.stdout + trained.result.stderr  # no bars where there is no terminal
     history = pd.read_csv(run_dir / "history.csv")
@@ -534,3 +538,148 @@ def test_intervals_need_five_known_speakers(n_speakers: int) -> None:
     scores = score(predictions, list("AB"))
     assert scores["intervals"] == {}
     assert "no intervals: they need five speakers or more, all known" in describe_scores(scores)
+
+
+# ---- other models, other clips ---------------------------------------------------------------------------
+
+
+def test_evaluate_scores_a_model_on_any_labelled_folder(
+    copied: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clips of classes that it does not know are left out, and the run it is of stays as it was."""
+    folder, before = (
+        make_corpus(tmp_path / "mine", emotions=("Angry", "Sad"), n_takes=1),
+        contents(copied.run_dir),
+    )
+    (folder / "Suprised").mkdir()
+    shutil.copytree(folder / "Sad", folder / "Bored")
+    assert script(copied, evaluate=str(folder)) == 0
+    out, err = capsys.readouterr()
+    assert f"4 clips left out: classes of {folder}: Angry, Bored, Sad; classes of" in err
+    assert "scores of clips that it was trained on are worth nothing" in out
+    assert contents(copied.run_dir) == before
+    report = Path(copied.run_dir, "evaluate_mine")
+    assert {path.name for path in report.iterdir()} >= {"confusion_matrix.png", "scores.png", "mistakes.html"}
+    metrics = json.loads((report / "metrics.json").read_text())
+    assert metrics["test"]["clips"] == 8
+    assert metrics["test"]["accuracy"] > 0.7
+    assert metrics["config"]["n_mfcc"] == copied.n_mfcc
+    # The same without a model of one's own: the bundled one.
+    monkeypatch.setattr(train, "PRETRAINED", Path(copied.checkpoint))
+    places = {"run_dir": str(tmp_path / "new"), "checkpoint": "none.pth", "cache_dir": copied.cache_dir}
+    assert script(Config(num_workers=0, device="cpu", **places), evaluate=str(folder)) == 0
+    assert (tmp_path / "new" / "evaluate_mine" / "predictions.csv").read_text() == (
+        report / "predictions.csv"
+    ).read_text()
+    assert script(copied, evaluate=copied.data_dir) == 0
+    assert f"it was trained on clips of {copied.data_dir}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"evaluate": "other", "epochs": 3}, "--epochs has no effect on --evaluate"),
+        ({"evaluate": "other", "init": "best.pth"}, "--init has no effect on --evaluate"),
+        ({"evaluate": "other"}, "classes of other: Joy, Rage; classes of .*: Angry, .*: none in common"),
+        ({"evaluate": "other", "checkpoint": "none.pth"}, "no checkpoint none.pth"),
+        ({"compare": ["run", "other"]}, "other holds no finished run"),
+        ({"init": "best.pth", "n_mfcc": 10, "ensemble": 3}, "pass --n_mfcc 8 --ensemble 2"),
+        ({"init": "best.pth", "resume": True}, "did not start from a model"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_in_one_line(
+    settings: dict[str, Any], reason: str, copied: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(copied.run_dir).parent)
+    make_corpus(Path("other"), emotions=("Angry", "Sad"), n_takes=1)
+    Path("other/Angry").rename("other/Rage")
+    Path("other/Sad").rename("other/Joy")
+    before = contents(copied.run_dir)
+    changes = {name: value for name, value in settings.items() if name not in ACTIONS}
+    with pytest.raises(UserError, match=reason) as refusal:
+        script(replace(copied, **changes), **settings)
+    assert refusal.value.code == 2
+    assert contents(copied.run_dir) == before
+
+
+def test_init_starts_where_the_model_was(copied: Config, tmp_path: Path) -> None:
+    """With its features' mean, and when it is resumed after the model has been replaced."""
+    cfg = replace(copied, run_dir=str(tmp_path / "more"), epochs=1, learning_rate=1e-4, seed=1)
+    theirs = load_tensors(Path(copied.checkpoint))["members"]
+    assert script(cfg, init=cfg.checkpoint) == 0
+    assert all(
+        row["val_accuracy"] > 0.7 for row in pd.read_csv(f"{cfg.run_dir}/history.csv").to_dict("records")
+    )
+    straight = [state(cfg, member) for member in (1, 2)]
+    for end, weights in zip(straight, theirs, strict=True):
+        assert torch.equal(end["model"]["mean"], weights["mean"])
+    Path(cfg.run_dir, "network2.pth").unlink()  # as if it had been stopped there
+    assert script(cfg, init=cfg.checkpoint, resume=True) == 0
+    assert all(same(state(cfg, member), straight[member - 1]) for member in (1, 2))
+    # A later run without --init does not find what the earlier one started from.
+    assert script(cfg) == 0
+    assert not same(state(cfg), straight[0])
+
+
+def test_init_with_other_classes_has_a_new_last_layer(copied: Config) -> None:
+    path, labels = Path(copied.checkpoint), ["Bored", "Calm", "Sad"]
+    _, ensemble = load_checkpoint(path)
+    model = train.EmotionCNNGRU(copied, 3)
+    fresh = {name: value.clone() for name, value in model.state_dict().items()}
+    train.start_from(path, model, 1, labels)
+    for name, value in model.state_dict().items():
+        source = fresh if name.startswith("head.5.") else ensemble.members[0].state_dict()
+        assert torch.equal(value, source[name]), name
+
+
+def test_resume_of_a_finished_run_points_to_init(copied: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (Path(copied.run_dir) / "predictions.csv").read_text()
+    assert script(copied, resume=True) == 0
+    assert f"a new run --init {copied.checkpoint}" in capsys.readouterr().err
+    assert (Path(copied.run_dir) / "predictions.csv").read_text() == before
+
+
+def write_run(folder: Path, n_right: list[int], **config: Any) -> str:
+    """What a run leaves for --compare: predictions as by_speakers gives them, in files of their own names."""
+    table = by_speakers(n_right).assign(path=[f"{number}.wav" for number in range(10 * len(n_right))])
+    train.save_json(folder / "metrics.json", {"config": config, "test": {}})
+    train.save_table(folder / "predictions.csv", table)
+    return str(folder)
+
+
+def test_compare_pairs_the_clips_that_both_tested(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each speaker is 20 % better: speakers that differ much do not blur the difference."""
+    one = write_run(tmp_path / "a", [4, 0] * 3, epochs=3, run_dir="a", seed=0)
+    other = write_run(tmp_path / "b", [5, 1] * 3 + [0], epochs=9, run_dir="b", seed=0)
+    train.compare(one, other)
+    out = capsys.readouterr().out
+    assert re.search(r"^epochs +3 +9$", out, re.MULTILINE)
+    assert "seed" not in out
+    assert "run_dir" not in out
+    assert f"60 clips that both tested, of 60 in {one} and 70 in {other}" in out
+    assert re.search(r"^accuracy +40.0% +60.0% +\+20.0% +\+20.0% +\+20.0%$", out, re.MULTILINE)
+    assert "resampled by 6 speakers" in out
+    train.compare(write_run(tmp_path / "a", [4, 0]), write_run(tmp_path / "b", [5, 1]))
+    out = capsys.readouterr().out
+    assert "no setting differs" in out
+    assert "resampled by clips, as fewer than five speakers are known" in out
+    low, high = re.findall(r"^accuracy .* \+20.0% +([+-][\d.]+)% +([+-][\d.]+)%$", out, re.MULTILINE)[0]
+    deviation = 100 * math.sqrt(0.2 * 0.8 / 20)  # of 20 differences, four of them 1, the others 0
+    assert (float(low), float(high)) == pytest.approx((20 - 1.96 * deviation, 20 + 1.96 * deviation), abs=4)
+
+
+def test_names_cannot_inject_markup_into_the_page_of_mistakes(tmp_path: Path) -> None:
+    names = ["</script><script>alert(1)</script>.wav", "a&b?c#d %41.wav", "<!--", "right.wav"]
+    table = make_predictions("AABB", "BBAB", "AB").assign(
+        path=[str(tmp_path / "clips" / name) for name in names]
+    )
+    table.loc[1, ["p(A)", "p(B)"]] = [0.05, 0.95]
+    page = train.mistakes_page(tmp_path / "run", table, ["A", "B"]).decode()
+    template = (ROOT / "assets" / "mistakes.html").read_text()
+    assert page.count("<") == template.count("<")
+    data = json.loads(re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)[0])
+    assert data["clips"] == 4
+    assert Path(data["mistakes"][0]["path"]).name == names[1]  # the surest first
+    for clip in data["mistakes"]:
+        assert re.fullmatch(r"[\w/.%~-]+", clip["link"])
+        assert (tmp_path / "run" / unquote(clip["link"])).resolve() == Path(clip["path"]).resolve()
