@@ -282,6 +282,8 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
         note("note: settings are those of the model, not of config.py")
     if export:
         export_onnx(Path(export), checkpoint, model)
+        shape = f"(any number, {trained.n_samples}) at {trained.sample_rate} Hz"
+        print(printable(f"{export}: windows {shape} -> probabilities of {len(checkpoint.labels)} classes"))
         return 0
     if flags.paths:
         return print_table(expand_paths(flags.paths), model, checkpoint.labels, trained)
