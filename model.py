@@ -501,8 +501,8 @@ class WaveModel(nn.Module):
     def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
         """Windows (B, n_samples) float32 -> probabilities of each (B, C), and of the clip they make up (C,).
 
-        The clip is calibrated after the mean over its windows, as inference.py does; the mean of calibrated
-        windows would be another one.
+        The clip is calibrated after the mean over its windows, as inference.py does. One too long for memory
+        goes in pieces: probabilities ** temperature, scaled to sum to 1, are those before calibration.
         """
         probabilities = self.model(self.model.mfcc(windows))
         clip = probabilities.mean(dim=0, keepdim=True)
