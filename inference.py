@@ -2,6 +2,7 @@
 
 python inference.py                    the clips of the test folder -> submission.csv
 python inference.py a.wav clips/ ...   files, folders, patterns -> a CSV with probabilities on stdout
+python inference.py --export my.onnx   the model, features included, as one file for ONNX Runtime
 """
 
 from config import MODEL_FIELDS, RUNTIME_FIELDS, Config, UserError, make_parser, note, parse, printable, run
@@ -10,6 +11,7 @@ if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imp
     parser = make_parser(__doc__, RUNTIME_FIELDS - {"run_dir", "cache_dir", "batch_size", "manifest"})
     parser.add_argument("paths", nargs="*", help="files, folders or patterns; none: the test folder")
     parser.add_argument("--fill", default="", help="label for test clips that cannot be read; else an error")
+    parser.add_argument("--export", default="", metavar="FILE", help="write the model as ONNX; label nothing")
     ARGS = parse(parser)
 
 import csv
@@ -35,6 +37,7 @@ from tqdm import tqdm
 from model import (
     EmotionEnsemble,
     calibrate,
+    export_onnx,
     load_checkpoint,
     mean_over_windows,
     resolve_device,
@@ -263,6 +266,9 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
     for name in ("submission", "test_dir", "fill"):
         if flags.paths and getattr(flags, name, ""):
             raise UserError(f"--{name} is for the test folder: leave it out, or the files")
+    export = getattr(flags, "export", "")
+    if flags.paths and export:
+        raise UserError("--export labels nothing: leave it out, or the files")
     if flags.demo:
         make_demo(Path(cfg.data_dir))
     torch.set_num_threads(1)  # the cores belong to the workers; for one clip, threads start too slowly
@@ -274,6 +280,11 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
     trained = replace(checkpoint.config, **{name: getattr(cfg, name) for name in RUNTIME_FIELDS})
     if any(getattr(trained, name) != getattr(cfg, name) for name in MODEL_FIELDS):
         note("note: settings are those of the model, not of config.py")
+    if export:
+        export_onnx(Path(export), checkpoint, model)
+        shape = f"(any number, {trained.n_samples}) at {trained.sample_rate} Hz"
+        print(printable(f"{export}: windows {shape} -> probabilities of {len(checkpoint.labels)} classes"))
+        return 0
     if flags.paths:
         return print_table(expand_paths(flags.paths), model, checkpoint.labels, trained)
     return submit(model, checkpoint.labels, trained, flags.fill)

@@ -4,6 +4,8 @@ import contextlib
 import dataclasses
 import glob
 import io
+import json
+import logging
 import math
 import os
 import time
@@ -633,3 +635,67 @@ def build_ensemble(checkpoint: Checkpoint) -> EmotionEnsemble:
     distance = Distance(checkpoint.config)
     distance.load_state_dict(checkpoint.distance)
     return EmotionEnsemble(mfcc, members, checkpoint.temperature, distance).eval()
+
+
+# ---- deployment ------------------------------------------------------------------------------------------
+
+
+class WaveModel(nn.Module):
+    """From samples to calibrated probabilities, features included: what export_onnx() writes."""
+
+    def __init__(self, model: EmotionEnsemble) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+        """Windows (B, n_samples) float32 -> probabilities of each (B, C), and of the clip they make up (C,).
+
+        The clip is calibrated after the mean over its windows, as inference.py does. One too long for memory
+        goes in pieces: probabilities ** temperature, scaled to sum to 1, are those before calibration.
+        """
+        probabilities = self.model(self.model.mfcc(windows))
+        clip = probabilities.mean(dim=0, keepdim=True)
+        return calibrate(probabilities, self.model.temperature), calibrate(clip, self.model.temperature)[0]
+
+
+def export_onnx(path: Path, checkpoint: Checkpoint, model: EmotionEnsemble) -> None:
+    """Write a trained model as one ONNX file, for any number of windows, as save_file does.
+
+    Input `windows`, outputs `probabilities` and `clip`, as of WaveModel. The metadata, all text, are labels
+    (JSON, in the order of the probabilities), sample_rate (Hz), n_samples (of a window), temperature (already
+    applied) and model (what it is).
+
+    Raises:
+        UserError: The path is no name for it, or a package is missing.
+        OSError: It cannot be written.
+    """
+    if path.suffix != ".onnx" or path.is_dir():  # a checkpoint named by mistake would be lost
+        raise UserError(f"export = {str(path)!r}: must be a file whose name ends in .onnx")
+    cfg = checkpoint.config
+    example = torch.zeros(2, cfg.n_samples)  # of one window, it would export a model for one
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # packages that are not needed
+    try:
+        with warnings.catch_warnings(action="ignore"):  # about what is within torch
+            program = torch.onnx.export(
+                WaveModel(model).eval(),
+                (example,),
+                input_names=["windows"],
+                output_names=["probabilities", "clip"],
+                dynamic_shapes=({0: "batch"},),
+                dynamo=True,
+                verbose=False,
+            )
+    except ModuleNotFoundError as error:
+        raise UserError(f"export needs {error.name}: pip install --upgrade onnx onnxscript") from None
+    assert program is not None
+    program.model.metadata_props.update(
+        labels=json.dumps(checkpoint.labels, ensure_ascii=False),
+        sample_rate=str(cfg.sample_rate),
+        n_samples=str(cfg.n_samples),
+        temperature=str(checkpoint.temperature),
+        model=checkpoint.summary,
+    )
+    file = program.model_proto
+    for part in (*file.graph.node, *file.graph.input, *file.graph.output, *file.graph.value_info):
+        part.ClearField("metadata_props")  # a megabyte of source lines and of paths on this machine
+    save_file(path, file.SerializeToString())

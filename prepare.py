@@ -517,6 +517,8 @@ class MFCC(nn.Module):
 
     def forward(self, waves: Tensor) -> Tensor:
         """Windows (B, n_samples) float32 -> features (B, 3 * n_mfcc, n_frames) float32."""
+        if torch.compiler.is_exporting():  # to a graph for any B, which cannot loop over chunks
+            return self._features(waves)
         chunk = 4 if waves.device.type == "cpu" else 1024  # four windows fit the processor's cache
         return torch.cat([self._features(part) for part in torch.split(waves, chunk)])
 
