@@ -646,7 +646,7 @@ def test_script_prints_the_table_and_names_odd_files(tmp_path: Path) -> None:
     cut(write(sad / "g.mp3", seconds=1, rate=44100), 0.6)  # its decoder prints
     write_wave(sad / "h.wav", np.zeros(RATE))
     (sad / "h.wav").rename(sad / os.fsdecode(b"h\xff\n.wav"))
-    answer = run_script("prepare.py", *flags(cfg), cwd=tmp_path)
+    answer = run_script("prepare.py", *flags(cfg), cwd=tmp_path, env={"PATH": str(tmp_path)})  # no ffmpeg
     assert answer.returncode == 0, answer.stderr
     rows = [line.split() for line in answer.stdout.splitlines()]
     assert rows[0] == ["RAVDESS", "speech", "other", "clips", "minutes", "speakers"]
@@ -659,8 +659,9 @@ def test_script_prints_the_table_and_names_odd_files(tmp_path: Path) -> None:
         f"skipped {sad}/d.wav: Too many levels of symbolic links",
         f"skipped {sad}/a.wav: not a regular file",
         f"skipped {sad}/b.wav: not a regular file",
-        f"skipped {sad}/e.WMA: .WMA cannot be decoded: convert it to wav",
-        f"skipped {sad}/f.wav: Format not recognised.",
+        f"skipped {sad}/e.WMA: not a regular file",
+        f"skipped {sad}/f.wav: unknown format: install ffmpeg, or convert it with "
+        f"`ffmpeg -i {sad}/f.wav {sad}/f.new.wav`",
     ]
     assert lines[6].startswith(f"warning: {sad}/g.mp3: truncated: 0.")
     assert lines[7:] == [rf"warning: {sad}/h\udcff\n.wav: silent"]
