@@ -88,6 +88,17 @@ class Prediction(NamedTuple):
     timeline: Timeline | None = None  # where a step was asked for
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch use one thread for a while: for one window, threads start too slowly."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
+
+
 class Recognizer:
     """A trained model, or several whose probabilities are averaged, that labels files and arrays.
 
@@ -132,7 +143,9 @@ class Recognizer:
 
         Raises:
             AudioError: A clip cannot be used; the message says which and why.
+            UserError: The step is below 0.1 s or longer than a window.
         """
+        self._check_step(step)
         several: list[Any] = [*clips] if isinstance(clips, list | tuple) else [clips]
         results: list[Prediction | AudioError] = []
         for start in range(0, len(several), CHUNK):
@@ -147,13 +160,19 @@ class Recognizer:
         self, paths: Sequence[str], *, step: float = 0.0
     ) -> Iterator[tuple[str, Prediction | AudioError]]:
         """Yield each path with its prediction, or why there is none, in order and in constant memory."""
+        self._check_step(step)
         work = partial(self._predict_paths, step=step)
         return zip(paths, map_files(work, paths, self.cfg), strict=True)
+
+    def _check_step(self, step: float) -> None:
+        if step and not 0.1 <= step <= self.cfg.duration:
+            raise UserError(f"step = {step}: must be 0.1 to {self.cfg.duration} seconds, a window's length")
 
     def _predict_paths(self, paths: Sequence[str], step: float) -> list[Prediction | AudioError]:
         return self._predict([Recording(path, self.cfg, step=step) for path in paths])
 
     @torch.inference_mode()
+    @one_thread()
     def _predict(self, recordings: Sequence[Recording]) -> list[Prediction | AudioError]:
         """Predict some clips; their windows go through the networks together, BLOCK at a time."""
         failures: dict[int, AudioError] = {}
@@ -354,12 +373,12 @@ def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: C
     """
     if not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale
+    step = (flags.step or recognizer.cfg.duration) if flags.timeline else 0.0
+    predictions = recognizer.predict_files([path for path, _ in names], step=step)
     stream: Any = io.StringIO() if flags.output else sys.stdout
     writer = TableWriter(stream, columns(recognizer.labels, timeline=flags.timeline), as_json=flags.json)
-    step = (flags.step or recognizer.cfg.duration) if flags.timeline else 0.0
     results: dict[str, Prediction | AudioError] = {}
     pictures: set[str] = set()
-    predictions = recognizer.predict_files([path for path, _ in names], step=step)
     for (_, name), (_, result) in zip(names, predictions, strict=True):
         results[name] = result if isinstance(result, AudioError) else result._replace(timeline=None)
         if isinstance(result, AudioError):
@@ -380,7 +399,7 @@ def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: C
 
 PAUSE = 0.03  # a window whose loudest point is below this part of the recording's loud points (-30 dB)
 # Okabe & Ito's colours, which the colour-blind tell apart too.
-COLOURS = "#d55e00 #009e73 #cc79a7 #e69f00 #999999 #0072b2 #f0e442 #56b4e9".split()
+COLOURS = "#d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #0072b2 #f0e442 #000000".split()
 
 
 def picture_path(name: str, cfg: Config, taken: set[str]) -> Path:
@@ -433,7 +452,8 @@ def plot_timeline(timeline: Timeline, labels: Sequence[str], title: str) -> Any:
     pauses = np.append(find_pauses(timeline), False)
     for axes, alpha in ((waveform, 0.4), (stack, 1.0)):
         style = {"step": "post", "color": "lightgrey", "alpha": alpha, "linewidth": 0}
-        axes.fill_between(edges, 0, 1, where=pauses, transform=axes.get_xaxis_transform(), **style)
+        across = axes.get_xaxis_transform()
+        axes.fill_between(edges, 0, 1, where=pauses, transform=across, label="pause", **style)
     waveform.set_title(printable(title), parse_math=False)
     waveform.set_ylabel("waveform")
     stack.set(xlabel=unit, ylabel="probability", xlim=(0, edges[-1]), ylim=(0, 1))
@@ -539,15 +559,13 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
     check_flags(flags)
     if flags.demo:
         make_demo(Path(cfg.data_dir))
-    torch.set_num_threads(1)  # the cores belong to the workers; for one clip, threads start too slowly
+    torch.set_num_threads(1)  # the cores belong to the workers, which are forked
     asked = [cfg.checkpoint] if flags.demo or hasattr(flags, "checkpoint") else []
     recognizer = Recognizer(*asked, *more, device=cfg.device, num_workers=cfg.num_workers)
     for path, checkpoint in zip(recognizer.paths, recognizer.checkpoints, strict=True):
         note(f"model: {path}, {checkpoint.summary}")
     if any(getattr(recognizer.cfg, name) != getattr(cfg, name) for name in MODEL_FIELDS):
         note("note: settings are those of the model, not of config.py")
-    if flags.step and not 0.1 <= flags.step <= recognizer.cfg.duration:
-        raise UserError(f"step = {flags.step}: must be 0.1 to {recognizer.cfg.duration} seconds, a window")
     if not flags.paths:
         return submit(recognizer, cfg, flags.fill)
     with spool_stdin() if "-" in flags.paths else contextlib.nullcontext() as stdin:

@@ -431,7 +431,9 @@ def _read_pipe(process: "subprocess.Popen[bytes]", size: int) -> bytes:
     if time.monotonic() - started >= FFMPEG_PATIENCE:
         raise AudioError(f"ffmpeg gave nothing for {FFMPEG_PATIENCE:.0f} s")
     if code:
-        raise AudioError(f"neither libsndfile nor ffmpeg can read it (ffmpeg's exit code: {code})")
+        raise AudioError(
+            f"libsndfile does not know the format, and ffmpeg cannot decode it (exit code {code})"
+        )
     return content
 
 
