@@ -401,7 +401,7 @@ def _open_ffmpeg(path: Path) -> Iterator[Source]:
             header = _read_pipe(process, 24)
             magic, offset, _, encoding, rate, channels = struct.unpack(">4s5I", header.ljust(24, b"\0"))
             if magic != b".snd" or encoding != 6 or not 24 <= offset < 2**16 or not 1 <= channels <= 256:
-                raise AudioError("neither libsndfile nor ffmpeg finds audio in it")
+                raise AudioError("ffmpeg finds no audio in it")
             _read_pipe(process, offset - 24)
 
             def read(n: int) -> npt.NDArray[Any]:
@@ -431,9 +431,7 @@ def _read_pipe(process: "subprocess.Popen[bytes]", size: int) -> bytes:
     if time.monotonic() - started >= FFMPEG_PATIENCE:
         raise AudioError(f"ffmpeg gave nothing for {FFMPEG_PATIENCE:.0f} s")
     if code:
-        raise AudioError(
-            f"libsndfile does not know the format, and ffmpeg cannot decode it (exit code {code})"
-        )
+        raise AudioError(f"ffmpeg cannot decode it (exit code {code})")
     return content
 
 
