@@ -202,13 +202,12 @@ class Recognizer:
         for number, (recording, row) in enumerate(zip(recordings, of_clips, strict=True)):
             if not row.isfinite().all():  # or the label would be the first class
                 failures.setdefault(number, AudioError("its probabilities are not finite"))
-            timeline = None
-            if recording.step and number not in failures:
-                own = owner == number
-                end = np.array(ends, np.float32)[own.numpy()]
-                start = np.maximum(0, end - np.float32(self.cfg.duration))
-                envelope = np.concatenate(recording.envelope)
-                timeline = Timeline(start, end, self._calibrate(probabilities[:, own]).numpy(), envelope)
+            own = owner == number
+            timeline = (
+                self._make_timeline(recording, torch.tensor(ends)[own], probabilities[:, own])
+                if recording.step and number not in failures
+                else None
+            )
             values = dict(zip(self.labels, row.tolist(), strict=True))
             best = self.labels[int(row.argmax())]
             prediction = Prediction(
@@ -216,6 +215,12 @@ class Recognizer:
             )
             results.append(failures.get(number, prediction))
         return results
+
+    def _make_timeline(self, recording: Recording, end: Tensor, probabilities: Tensor) -> Timeline:
+        """From the ends of a clip's windows (W,), and what each model makes of them, (models, W, C)."""
+        start = (end - self.cfg.duration).clamp(min=0)
+        envelope = np.concatenate(recording.envelope)
+        return Timeline(start.numpy(), end.numpy(), self._calibrate(probabilities).numpy(), envelope)
 
     def _calibrate(self, of_models: Tensor | Sequence[Tensor]) -> Tensor:
         """Probabilities (N, C) of each model -> their calibrated mean."""
@@ -544,7 +549,7 @@ def check_flags(flags: Any) -> None:  # noqa: ANN401 - argparse.Namespace
         if getattr(flags, name) and not flags.paths:
             raise UserError(f"--{name} is for files: name files, folders or patterns to label")
     for name in ("step", "run_dir"):
-        if getattr(flags, name, "") and not (flags.timeline or flags.demo):
+        if getattr(flags, name, "") and not flags.timeline:
             raise UserError(f"--{name} is for --timeline: leave it out, or add --timeline")
     output = Path(flags.output)
     if flags.output and (output.is_dir() or output.suffix.lower() in AUDIO_SUFFIXES | FOREIGN_SUFFIXES):
