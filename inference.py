@@ -432,9 +432,10 @@ def save_timeline(path: Path, timeline: Timeline, labels: Sequence[str], title: 
 def find_pauses(timeline: Timeline) -> npt.NDArray[np.bool_]:
     """Which windows are silent against the rest of the recording, (W,)."""
     loud = np.quantile(timeline.envelope, 0.99)  # not the greatest, which may be a click
-    spans = np.stack([timeline.start, timeline.end], axis=1) * ENVELOPE_RATE
-    points = [timeline.envelope[int(start) : int(end) + 1] for start, end in spans]
-    return np.array([own.max(initial=0) < PAUSE * loud for own in points])
+    starts = np.rint(timeline.start * ENVELOPE_RATE).astype(int)
+    ends = np.maximum(np.rint(timeline.end * ENVELOPE_RATE).astype(int), starts + 1)
+    peaks = [timeline.envelope[start:end].max() for start, end in zip(starts, ends, strict=True)]
+    return np.array(peaks) < PAUSE * loud
 
 
 def plot_timeline(timeline: Timeline, labels: Sequence[str], title: str) -> Any:  # noqa: ANN401 - Figure

@@ -330,7 +330,7 @@ def _open_array(samples: npt.NDArray[Any], rate: float | None) -> Iterator[Sourc
     if rate is None or rate != int(rate):
         raise AudioError(f"rate = {rate}: an array needs its sampling rate, a whole number of Hz")
     scale = np.float32({"i2": 2.0**-15, "i4": 2.0**-31}.get(kind, 1.0))
-    columns, place = array.reshape(len(array), -1), 0
+    columns, place = array if array.ndim == 2 else array[:, None], 0
 
     def read(n: int) -> npt.NDArray[Any]:
         nonlocal place
