@@ -256,7 +256,9 @@ class Recording:
     def warning(self) -> str:
         """What is odd about the audio read so far; empty if nothing is."""
         silent = "silent" if self._high - self._low < 1e-4 else ""  # three steps of 16 bits
-        return "; ".join(filter(None, [self._broken, silent]))
+        peak = max(self._high, -self._low)  # 16-bit numbers as float, say
+        loud = f"samples as large as {peak:,.0f}, not -1 to 1" if peak > 16 else ""
+        return "; ".join(filter(None, [self._broken, silent, loud]))
 
     def __iter__(self) -> Iterator[FloatArray]:
         clip = self.source
@@ -327,7 +329,7 @@ def _open_array(samples: npt.NDArray[Any], rate: float | None) -> Iterator[Sourc
         raise AudioError(f"samples of {array.dtype}: must be float in [-1, 1], int16 or int32")
     if array.ndim not in {1, 2} or (array.ndim == 2 and 0 < len(array) < array.shape[1]):
         raise AudioError(f"samples of shape {array.shape}: must be (n,) or (n, channels), channels last")
-    if rate is None or rate != int(rate):
+    if rate is None or rate % 1:  # NaN too
         raise AudioError(f"rate = {rate}: an array needs its sampling rate, a whole number of Hz")
     scale = np.float32({"i2": 2.0**-15, "i4": 2.0**-31}.get(kind, 1.0))
     columns, place = array if array.ndim == 2 else array[:, None], 0

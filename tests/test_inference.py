@@ -371,6 +371,8 @@ def test_array_equals_a_file_with_the_same_samples(
     assert (alone.emotion, alone.confidence) == max(alone.probabilities.items(), key=lambda item: item[1])
     assert alone.seconds == pytest.approx(shape[0] / 44100, abs=1e-4)
     assert torch.get_num_threads() == n_threads
+    unscaled = recognizer.predict(noise * 2**15, 44100).warning
+    assert re.fullmatch(r"samples as large as \d\d,\d+, not -1 to 1", unscaled)
 
 
 @pytest.mark.parametrize(
