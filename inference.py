@@ -1,41 +1,54 @@
 """Labels clips with a trained model.
 
-python inference.py                    the clips of the test folder -> submission.csv
-python inference.py a.wav clips/ ...   files, folders, patterns -> a CSV with probabilities on stdout
-python inference.py --export my.onnx   the model, features included, as one file for ONNX Runtime
+python inference.py                      the clips of the test folder -> submission.csv
+python inference.py a.wav clips/ ...     files, folders, patterns -> a CSV with probabilities on stdout
+python inference.py -                    a file from standard input
+python inference.py --timeline a.wav     a row for each window of 3 s, and a picture in run_dir
+python inference.py --checkpoint a.pth b.pth ...     the mean of what several models say
+python inference.py --export my.onnx     the model, features included, as one file for ONNX Runtime
 """
 
 from config import MODEL_FIELDS, RUNTIME_FIELDS, Config, UserError, make_parser, note, parse, printable, run
 
 if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imports
-    parser = make_parser(__doc__, RUNTIME_FIELDS - {"run_dir", "cache_dir", "batch_size", "manifest"})
-    parser.add_argument("paths", nargs="*", help="files, folders or patterns; none: the test folder")
+    parser = make_parser(__doc__, RUNTIME_FIELDS - {"cache_dir", "batch_size", "manifest"})
+    parser.add_argument("paths", nargs="*", help="files, folders, patterns, or -; none: the test folder")
     parser.add_argument("--fill", default="", help="label for test clips that cannot be read; else an error")
     parser.add_argument("--export", default="", metavar="FILE", help="write the model as ONNX; label nothing")
+    parser.add_argument("--timeline", action="store_true", help="a row per window, and a picture per file")
+    parser.add_argument("--step", type=float, default=0.0, help="seconds from window to window of --timeline")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line instead of CSV")
+    parser.add_argument("--output", default="", help="file for the rows, written in one step; else stdout")
     ARGS = parse(parser)
 
+import contextlib
 import csv
 import glob
 import io
 import itertools
+import json
 import os
 import re
 import sys
+import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 import pandas as pd
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from model import (
-    EmotionEnsemble,
+    PRETRAINED,
+    Checkpoint,
     calibrate,
     export_onnx,
     load_checkpoint,
@@ -44,7 +57,12 @@ from model import (
     save_file,
 )
 from prepare import (
+    AUDIO_SUFFIXES,
+    CHUNK,
+    ENVELOPE_RATE,
+    FOREIGN_SUFFIXES,
     AudioError,
+    Clip,
     FloatArray,
     Recording,
     check_csv_name,
@@ -54,66 +72,179 @@ from prepare import (
     report_files,
 )
 
-PRETRAINED = Path(__file__).with_name("assets") / "pretrained.pth"
 BLOCK = 64  # windows that go through the networks at once
+Row: TypeAlias = dict[str, str | float]
 
 # ---- prediction ------------------------------------------------------------------------------------------
 
 
+class Timeline(NamedTuple):
+    """What the model makes of each window of a clip."""
+
+    start: FloatArray  # (W,) seconds
+    end: FloatArray  # (W,) seconds
+    probabilities: FloatArray  # (W, C), calibrated, in the order of Recognizer.labels
+    envelope: FloatArray  # magnitude of the waveform, ENVELOPE_RATE points a second
+
+
 class Prediction(NamedTuple):
-    """What the model makes of one file."""
+    """What the model makes of one clip."""
 
-    probabilities: FloatArray  # (C,), the mean over its windows, calibrated
+    emotion: str  # the label of the greatest probability
+    confidence: float  # that probability
+    probabilities: dict[str, float]  # label -> the mean over its windows, calibrated
     seconds: float  # of audio in it
-    warning: str  # what is odd about it
+    warning: str  # what is odd about it; empty if nothing is
+    timeline: Timeline | None = None  # where a step was asked for
 
 
-def predict(
-    paths: Sequence[str], model: EmotionEnsemble, cfg: Config
-) -> Iterator[tuple[str, Prediction | AudioError]]:
-    """Yield each path with its prediction, or why there is none, in order and in constant memory."""
-    device = resolve_device(cfg.device)
-    if device.type != "cpu":  # else features and networks both run in the workers, which share the model
-        cfg = replace(cfg, num_workers=0)
-    work = partial(_predict_chunk, model=model.to(device), cfg=cfg)
-    return zip(paths, map_files(work, paths, cfg), strict=True)
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Let PyTorch use one thread for a while: for one window, threads start too slowly."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
-@torch.inference_mode()
-def _predict_chunk(
-    paths: Sequence[str], model: EmotionEnsemble, cfg: Config
-) -> list[Prediction | AudioError]:
-    """Predict some files; their windows go through the networks together, BLOCK at a time."""
-    device = model.mfcc.dct.device
-    recordings = [Recording(Path(path), cfg) for path in paths]
-    failures: dict[int, AudioError] = {}
+class Recognizer:
+    """A trained model, or several whose probabilities are averaged, that labels files and arrays.
 
-    def windows() -> Iterator[tuple[int, FloatArray]]:
-        for number, recording in enumerate(recordings):
-            try:
-                yield from ((number, window) for window in recording)
-            except AudioError as error:
-                failures[number] = error
+    Without a checkpoint it takes best_emotion_model.pth where there is one, else the bundled model. It
+    changes nothing outside itself: no settings of PyTorch, no files.
 
-    owner: list[int] = []
-    of_windows: list[Tensor] = []
-    stream = windows()
-    while block := list(itertools.islice(stream, BLOCK)):
-        owner += [number for number, _ in block]
-        waves = torch.from_numpy(np.stack([window for _, window in block])).to(device)
-        of_windows.append(model(model.mfcc(waves)).cpu())
-    if not owner:
-        return list(failures.values())
-    of_clips = mean_over_windows(torch.cat(of_windows), torch.tensor(owner), len(paths))
-    results: list[Prediction | AudioError] = []
-    for number, (recording, row) in enumerate(
-        zip(recordings, calibrate(of_clips, model.temperature), strict=True)
-    ):
-        if not row.isfinite().all():  # or the label would be the first class
-            failures.setdefault(number, AudioError("its probabilities are not finite"))
-        prediction = Prediction(row.numpy(), recording.seconds, recording.warning)
-        results.append(failures.get(number, prediction))
-    return results
+    Args:
+        checkpoints: Files that train.py wrote.
+        device: As the setting of that name.
+        num_workers: Processes that predict_files uses, as the setting of that name.
+
+    Raises:
+        UserError: A checkpoint cannot be used, or their classes or features differ.
+    """
+
+    def __init__(self, *checkpoints: str | Path, device: str = "auto", num_workers: int = 0) -> None:
+        default = Path(Config().checkpoint)
+        self.paths = [Path(path) for path in checkpoints] or [default if default.exists() else PRETRAINED]
+        loaded = [load_checkpoint(path) for path in self.paths]
+        self.checkpoints = [checkpoint for checkpoint, _ in loaded]
+        for path, checkpoint in zip(self.paths, self.checkpoints, strict=True):
+            if difference := _differ(checkpoint, self.checkpoints[0]):
+                raise UserError(f"{path} and {self.paths[0]} differ in {difference}: they cannot be averaged")
+        self.labels = self.checkpoints[0].labels
+        self.device = resolve_device(device)
+        if self.device.type != "cpu":  # else features and networks both run in the workers
+            num_workers = 0
+        self.models = [model.to(self.device) for _, model in loaded]
+        self.cfg = replace(self.checkpoints[0].config, device=device, num_workers=num_workers)
+
+    def predict(self, clips: Clip | Sequence[Clip], rate: float | None = None, *, step: float = 0.0) -> Any:  # noqa: ANN401 - one or a list
+        """What the model makes of a clip, or of each of a list of clips.
+
+        Args:
+            clips: A path; or samples (n,) or (n, channels), float in [-1, 1], int16 or int32; or a list of
+                either.
+            rate: Sampling rate of the arrays, 1,000 to 768,000 Hz.
+            step: Seconds from window to window, if a timeline is wanted.
+
+        Returns:
+            A Prediction for a clip, a list of them for a list.
+
+        Raises:
+            AudioError: A clip cannot be used; the message says which and why.
+            UserError: The step is below 0.1 s or longer than a window.
+        """
+        self._check_step(step)
+        several: list[Any] = [*clips] if isinstance(clips, list | tuple) else [clips]
+        results: list[Prediction | AudioError] = []
+        for start in range(0, len(several), CHUNK):
+            chunk = several[start : start + CHUNK]
+            results += self._predict([Recording(clip, self.cfg, rate=rate, step=step) for clip in chunk])
+        for number, (clip, result) in enumerate(zip(several, results, strict=True)):
+            if isinstance(result, AudioError):
+                raise AudioError(f"{clip if isinstance(clip, str | Path) else f'clip {number}'}: {result}")
+        return results if isinstance(clips, list | tuple) else results[0]
+
+    def predict_files(
+        self, paths: Sequence[str], *, step: float = 0.0
+    ) -> Iterator[tuple[str, Prediction | AudioError]]:
+        """Yield each path with its prediction, or why there is none, in order and in constant memory."""
+        self._check_step(step)
+        work = partial(self._predict_paths, step=step)
+        return zip(paths, map_files(work, paths, self.cfg), strict=True)
+
+    def _check_step(self, step: float) -> None:
+        if step and not 0.1 <= step <= self.cfg.duration:
+            raise UserError(f"step = {step}: must be 0.1 to {self.cfg.duration} seconds, a window's length")
+
+    def _predict_paths(self, paths: Sequence[str], step: float) -> list[Prediction | AudioError]:
+        return self._predict([Recording(path, self.cfg, step=step) for path in paths])
+
+    @torch.inference_mode()
+    @one_thread()
+    def _predict(self, recordings: Sequence[Recording]) -> list[Prediction | AudioError]:
+        """Predict some clips; their windows go through the networks together, BLOCK at a time."""
+        failures: dict[int, AudioError] = {}
+
+        def windows() -> Iterator[tuple[int, float, FloatArray]]:
+            for number, recording in enumerate(recordings):
+                try:
+                    yield from ((number, recording.seconds, window) for window in recording)
+                except AudioError as error:
+                    failures[number] = error
+
+        owners: list[int] = []
+        ends: list[float] = []
+        of_windows: list[Tensor] = []  # (models, windows of a block, C)
+        stream = windows()
+        while block := list(itertools.islice(stream, BLOCK)):
+            owners += [number for number, _, _ in block]
+            ends += [end for _, end, _ in block]
+            waves = torch.from_numpy(np.stack([window for *_, window in block])).to(self.device)
+            features = self.models[0].mfcc(waves)
+            of_windows.append(torch.stack([model(features) for model in self.models]).cpu())
+        if not owners:
+            return list(failures.values())
+        owner, probabilities = torch.tensor(owners), torch.cat(of_windows, dim=1)
+        of_clips = self._calibrate([mean_over_windows(p, owner, len(recordings)) for p in probabilities])
+        results: list[Prediction | AudioError] = []
+        for number, (recording, row) in enumerate(zip(recordings, of_clips, strict=True)):
+            if not row.isfinite().all():  # or the label would be the first class
+                failures.setdefault(number, AudioError("its probabilities are not finite"))
+            own = owner == number
+            timeline = (
+                self._make_timeline(recording, torch.tensor(ends)[own], probabilities[:, own])
+                if recording.step and number not in failures
+                else None
+            )
+            values = dict(zip(self.labels, row.tolist(), strict=True))
+            best = self.labels[int(row.argmax())]
+            prediction = Prediction(
+                best, values[best], values, recording.seconds, recording.warning, timeline
+            )
+            results.append(failures.get(number, prediction))
+        return results
+
+    def _make_timeline(self, recording: Recording, end: Tensor, probabilities: Tensor) -> Timeline:
+        """From the ends of a clip's windows (W,), and what each model makes of them, (models, W, C)."""
+        start = (end - self.cfg.duration).clamp(min=0)
+        envelope = np.concatenate(recording.envelope)
+        return Timeline(start.numpy(), end.numpy(), self._calibrate(probabilities).numpy(), envelope)
+
+    def _calibrate(self, of_models: Tensor | Sequence[Tensor]) -> Tensor:
+        """Probabilities (N, C) of each model -> their calibrated mean."""
+        pairs = zip(of_models, self.models, strict=True)
+        return torch.stack([calibrate(values, model.temperature) for values, model in pairs]).mean(dim=0)
+
+
+def _differ(one: Checkpoint, other: Checkpoint) -> str:
+    """In what two checkpoints differ that forbids to average their probabilities; empty if in nothing."""
+    if one.labels != other.labels:
+        return f"classes ({', '.join(one.labels)}; {', '.join(other.labels)})"
+    names = "sample_rate duration n_mfcc n_fft hop_length n_mels".split()
+    odd = [name for name in names if getattr(one.config, name) != getattr(other.config, name)]
+    return ", ".join(odd)
 
 
 # ---- which clips -----------------------------------------------------------------------------------------
@@ -144,14 +275,19 @@ def find_test_clips(folder: Path) -> list[Path]:
     return paths
 
 
-def expand_paths(arguments: Sequence[str]) -> list[Path]:
+def expand_paths(arguments: Sequence[str], stdin: Path | None = None) -> list[Path]:
     """Files as they are, the clips in folders, and the matches of patterns that the shell left alone.
+
+    For "-" comes the file `stdin`.
 
     Raises:
         UserError: An argument leads to no file, or no CSV can hold a name.
     """
     paths: list[Path] = []
     for argument in arguments:
+        if argument == "-" and stdin:
+            paths.append(stdin)
+            continue
         # Not with Path, which refuses absolute patterns, names that are too long, and takes "" for here.
         matches = [argument] if os.path.lexists(argument) else sorted(glob.glob(argument, recursive=True))  # noqa: PTH207
         if not matches:
@@ -166,6 +302,30 @@ def expand_paths(arguments: Sequence[str]) -> list[Path]:
     return paths
 
 
+MAX_STDIN = 2**30  # bytes
+
+
+@contextlib.contextmanager
+def spool_stdin() -> Iterator[Path]:
+    """A temporary file with what comes through standard input: a decoder has to go back and forth in it.
+
+    Raises:
+        UserError: Nothing comes, or more than MAX_STDIN.
+    """
+    if sys.stdin is None or sys.stdin.isatty():
+        raise UserError("-: standard input holds no file: pass one with `< clip.wav`")
+    with tempfile.TemporaryDirectory() as scratch:
+        path, size = Path(scratch, "stdin"), 0
+        with path.open("wb") as file:
+            while block := sys.stdin.buffer.read(2**20):
+                size += file.write(block)
+                if size > MAX_STDIN:
+                    raise UserError(f"-: standard input holds more than {MAX_STDIN:,} bytes: pass a file")
+        if not size:
+            raise UserError("-: standard input is empty")
+        yield path
+
+
 # ---- results ---------------------------------------------------------------------------------------------
 
 
@@ -178,39 +338,165 @@ def report_odd(results: Mapping[str, Prediction | AudioError]) -> int:
     return len(failures)
 
 
-def print_table(paths: Sequence[Path], model: EmotionEnsemble, labels: Sequence[str], cfg: Config) -> int:
-    """Print a CSV row with probabilities for each file; return 1 if one could not be read, else 0."""
-    shown = printable if sys.stdout.isatty() else str  # a name must not steer a terminal
+def columns(labels: Sequence[str], *, timeline: bool) -> list[str]:
+    """The header of the table: the keys of to_row, or of those of to_timeline_rows."""
+    if timeline:
+        return ["filename", "start", "end", "emotion", "confidence", *labels]
+    return ["filename", "emotion", "confidence", "seconds", *labels]
+
+
+def to_row(name: str, result: Prediction) -> Row:
+    """A file's row of the table."""
+    row: Row = {"filename": name, "emotion": result.emotion, "confidence": result.confidence}
+    return row | {"seconds": result.seconds} | result.probabilities
+
+
+def to_timeline_rows(name: str, timeline: Timeline, labels: Sequence[str]) -> Iterator[Row]:
+    """A row for each window of a file."""
+    for start, end, values in zip(timeline.start, timeline.end, timeline.probabilities, strict=True):
+        row: Row = {"filename": name, "start": float(start), "end": float(end)}
+        row |= {"emotion": labels[values.argmax()], "confidence": float(values.max())}
+        yield row | dict(zip(labels, values.tolist(), strict=True))
+
+
+class TableWriter:
+    """Writes rows to a stream, as CSV with a header or as JSON, one object per line."""
+
+    def __init__(self, stream: TextIO, header: Sequence[str], *, as_json: bool) -> None:
+        self.stream, self.header, self.as_json, self.n_rows = stream, header, as_json, 0
+        self.shown = printable if stream.isatty() else str  # a name must not steer a terminal
+        self.csv = csv.writer(stream, lineterminator="\n")
+        if not as_json:
+            self.csv.writerow(map(self.shown, header))
+
+    def write(self, row: Row) -> None:
+        """Write a row: times with two decimals, probabilities with four."""
+        places = dict.fromkeys(("start", "end", "seconds"), 2)
+        self.n_rows += 1
+        if self.as_json:
+            rounded = {k: round(v, places.get(k, 4)) if isinstance(v, float) else v for k, v in row.items()}
+            self.stream.write(json.dumps(rounded) + "\n")
+        else:
+            cells = [(row[name], places.get(name, 4)) for name in self.header]
+            self.csv.writerow([f"{v:.{n}f}" if isinstance(v, float) else self.shown(v) for v, n in cells])
+
+
+def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: Config, flags: Any) -> int:  # noqa: ANN401
+    """Write a row for each file, or for each window of it; return 1 if one could not be read, else 0.
+
+    `names` are paths, each with what its row calls it.
+    """
     if not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(["filename", "emotion", "confidence", "seconds", *map(shown, labels)])
+    step = (flags.step or recognizer.cfg.duration) if flags.timeline else 0.0
+    predictions = recognizer.predict_files([path for path, _ in names], step=step)
+    stream: Any = io.StringIO() if flags.output else sys.stdout
+    writer = TableWriter(stream, columns(recognizer.labels, timeline=flags.timeline), as_json=flags.json)
     results: dict[str, Prediction | AudioError] = {}
-    for path, result in predict(list(map(str, paths)), model, cfg):
-        results[path] = result
+    pictures: set[str] = set()
+    for (_, name), (_, result) in zip(names, predictions, strict=True):
+        results[name] = result if isinstance(result, AudioError) else result._replace(timeline=None)
         if isinstance(result, AudioError):
             continue
-        best = int(result.probabilities.argmax())
-        numbers = [f"{value:.4f}" for value in result.probabilities]
-        writer.writerow([shown(path), shown(labels[best]), numbers[best], f"{result.seconds:.2f}", *numbers])
+        if result.timeline is None:
+            writer.write(to_row(name, result))
+            continue
+        for row in to_timeline_rows(name, result.timeline, recognizer.labels):
+            writer.write(row)
+        save_timeline(picture_path(name, cfg, pictures), result.timeline, recognizer.labels, name)
+    if flags.output:
+        save_file(Path(flags.output), stream.getvalue().encode())
+        print(printable(f"{writer.n_rows} rows in {flags.output}"))
     return 1 if report_odd(results) else 0
 
 
-def submit(model: EmotionEnsemble, labels: Sequence[str], cfg: Config, fill: str) -> int:
+# ---- timeline --------------------------------------------------------------------------------------------
+
+PAUSE = 0.03  # a window whose loudest point is below this part of the recording's loud points (-30 dB)
+# Okabe & Ito's colours, which the colour-blind tell apart too.
+COLOURS = "#d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #0072b2 #f0e442 #000000".split()
+
+
+def picture_path(name: str, cfg: Config, taken: set[str]) -> Path:
+    """Where the picture of a file goes: by the file's name, with a number where another one has it."""
+    stem = Path(name).stem[:60]  # a path must not become too long
+    numbered = (f"{stem}_{number}" for number in itertools.count(2))
+    own = next(text for text in itertools.chain([stem], numbered) if text.lower() not in taken)
+    taken.add(own.lower())
+    return Path(cfg.run_dir, f"timeline_{own}.png")
+
+
+def save_timeline(path: Path, timeline: Timeline, labels: Sequence[str], title: str) -> None:
+    """Draw a timeline as PNG; whatever goes wrong is a warning, since the rows are worth more."""
+    buffer = io.BytesIO()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
+            plot_timeline(timeline, labels, title).savefig(buffer, format="png", dpi=150)
+        save_file(path, buffer.getvalue())
+        note(f"picture of {title}: {path}")
+    except Exception as error:
+        note(f"warning: {path} not drawn: {error}")
+
+
+def find_pauses(timeline: Timeline) -> npt.NDArray[np.bool_]:
+    """Which windows are silent against the rest of the recording, (W,)."""
+    loud = np.quantile(timeline.envelope, 0.99)  # not the greatest, which may be a click
+    starts = np.rint(timeline.start * ENVELOPE_RATE).astype(int)
+    ends = np.maximum(np.rint(timeline.end * ENVELOPE_RATE).astype(int), starts + 1)
+    peaks = [timeline.envelope[start:end].max() for start, end in zip(starts, ends, strict=True)]
+    return np.array(peaks) < PAUSE * loud
+
+
+def plot_timeline(timeline: Timeline, labels: Sequence[str], title: str) -> Any:  # noqa: ANN401 - Figure
+    """The outline of the waveform above the stacked probabilities; pauses are grey."""
+    from matplotlib import colormaps  # noqa: PLC0415 - takes a second
+    from matplotlib.figure import Figure  # noqa: PLC0415
+
+    unit, scale = ("minutes", 60) if timeline.end[-1] > 180 else ("seconds", 1)
+    middle = (timeline.start + timeline.end) / 2
+    edges = np.concatenate([[0], (middle[1:] + middle[:-1]) / 2, timeline.end[-1:]]) / scale
+    heights = np.concatenate([timeline.probabilities, timeline.probabilities[-1:]]).T  # (C, W + 1)
+    colours = COLOURS if len(labels) <= len(COLOURS) else colormaps["viridis"](np.linspace(0, 1, len(labels)))
+
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    waveform, stack = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2])
+    times = np.arange(len(timeline.envelope)) / ENVELOPE_RATE / scale
+    waveform.fill_between(times, -timeline.envelope, timeline.envelope, color="black", linewidth=0)
+    names = [label.replace("$", r"\$") for label in labels]
+    stack.stackplot(edges, heights, labels=names, colors=colours, step="post", linewidth=0)
+    pauses = np.append(find_pauses(timeline), False)
+    for axes, alpha in ((waveform, 0.4), (stack, 1.0)):
+        style = {"step": "post", "color": "lightgrey", "alpha": alpha, "linewidth": 0}
+        across = axes.get_xaxis_transform()
+        axes.fill_between(edges, 0, 1, where=pauses, transform=across, label="pause", **style)
+    waveform.set_title(printable(title), parse_math=False)
+    waveform.set_ylabel("waveform")
+    stack.set(xlabel=unit, ylabel="probability", xlim=(0, edges[-1]), ylim=(0, 1))
+    handles, names = stack.get_legend_handles_labels()
+    figure.legend(handles[::-1], names[::-1], loc="outside right center")
+    return figure
+
+
+# ---- submission ------------------------------------------------------------------------------------------
+
+
+def submit(recognizer: Recognizer, cfg: Config, fill: str) -> int:
     """Label the test folder and write the submission; return 1 if its ids are not the sample's, else 0.
 
     Raises:
         UserError: A clip cannot be read and there is no label to fill in; an earlier submission stays.
     """
-    target = Path(cfg.submission)
+    target, labels = Path(cfg.submission), recognizer.labels
     if target.exists() and not target.is_file():
         raise UserError(f"submission = {cfg.submission!r}: must be a file")
     if fill and fill not in labels:
         raise UserError(f"fill = {fill!r}: must be one of {', '.join(labels)}")
     paths = find_test_clips(cfg.test_root)
-    results = dict(tqdm(predict(list(map(str, paths)), model, cfg), "clips", len(paths), disable=None))
+    predictions = recognizer.predict_files(list(map(str, paths)))
+    results = dict(tqdm(predictions, "clips", len(paths), disable=None))
     rows = [
-        (Path(path).name, fill if isinstance(result, AudioError) else labels[result.probabilities.argmax()])
+        (Path(path).name, fill if isinstance(result, AudioError) else result.emotion)
         for path, result in results.items()
     ]
     n_failures = report_odd(results)
@@ -261,33 +547,59 @@ def compare_with_sample(sample: Path, submission: pd.DataFrame, labels: Sequence
 # ---- the script ------------------------------------------------------------------------------------------
 
 
-def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
-    """Label a test folder for a submission, or the files named."""
+def check_flags(flags: Any) -> None:  # noqa: ANN401 - argparse.Namespace
+    """Refuse flags that have no effect on what was asked for.
+
+    Raises:
+        UserError: There is such a flag, or its value is bad.
+    """
     for name in ("submission", "test_dir", "fill"):
         if flags.paths and getattr(flags, name, ""):
             raise UserError(f"--{name} is for the test folder: leave it out, or the files")
-    export = getattr(flags, "export", "")
-    if flags.paths and export:
-        raise UserError("--export labels nothing: leave it out, or the files")
+    for name in ("paths", "submission", "test_dir", "fill"):
+        if flags.export and getattr(flags, name, ""):
+            raise UserError("--export labels nothing: leave out files, folders and --submission")
+    for name in ("timeline", "json", "output"):
+        if getattr(flags, name) and not flags.paths:
+            raise UserError(f"--{name} is for files: name files, folders or patterns to label")
+    for name in ("step", "run_dir"):
+        if getattr(flags, name, "") and not flags.timeline:
+            raise UserError(f"--{name} is for --timeline: leave it out, or add --timeline")
+    output = Path(flags.output)
+    if flags.output and (output.is_dir() or output.suffix.lower() in AUDIO_SUFFIXES | FOREIGN_SUFFIXES):
+        raise UserError(f"output = {flags.output!r}: must be a file for rows, no folder and no audio")
+
+
+def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
+    """Label a test folder for a submission, or the files named."""
+    # Behind `--checkpoint a.pth` the words are clips, but those that end in .pth: they are models too.
+    more = [path for path in flags.paths if path.endswith(".pth")]
+    flags.paths = [path for path in flags.paths if path not in more]
+    check_flags(flags)
     if flags.demo:
         make_demo(Path(cfg.data_dir))
-    torch.set_num_threads(1)  # the cores belong to the workers; for one clip, threads start too slowly
-    path = Path(cfg.checkpoint)
-    if not (path.exists() or flags.demo or hasattr(flags, "checkpoint")):  # none yet, and none asked for
-        path = PRETRAINED
-    checkpoint, model = load_checkpoint(path)
-    note(f"model: {path}, {checkpoint.summary}")
-    trained = replace(checkpoint.config, **{name: getattr(cfg, name) for name in RUNTIME_FIELDS})
-    if any(getattr(trained, name) != getattr(cfg, name) for name in MODEL_FIELDS):
+    torch.set_num_threads(1)  # the cores belong to the workers, which are forked
+    asked = [cfg.checkpoint] if flags.demo or hasattr(flags, "checkpoint") else []
+    recognizer = Recognizer(*asked, *more, device=cfg.device, num_workers=cfg.num_workers)
+    for path, checkpoint in zip(recognizer.paths, recognizer.checkpoints, strict=True):
+        note(f"model: {path}, {checkpoint.summary}")
+    if any(getattr(recognizer.cfg, name) != getattr(cfg, name) for name in MODEL_FIELDS):
         note("note: settings are those of the model, not of config.py")
-    if export:
-        export_onnx(Path(export), checkpoint, model)
-        shape = f"(any number, {trained.n_samples}) at {trained.sample_rate} Hz"
-        print(printable(f"{export}: windows {shape} -> probabilities of {len(checkpoint.labels)} classes"))
+    if flags.export:
+        if len(recognizer.models) > 1:
+            raise UserError("--export writes one model: name one with --checkpoint")
+        checkpoint = recognizer.checkpoints[0]
+        export_onnx(Path(flags.export), checkpoint, recognizer.models[0])
+        shape = f"(any number, {checkpoint.config.n_samples}) at {checkpoint.config.sample_rate} Hz"
+        classes = f"probabilities of {len(checkpoint.labels)} classes"
+        print(printable(f"{flags.export}: windows {shape} -> {classes}"))
         return 0
-    if flags.paths:
-        return print_table(expand_paths(flags.paths), model, checkpoint.labels, trained)
-    return submit(model, checkpoint.labels, trained, flags.fill)
+    if not flags.paths:
+        return submit(recognizer, cfg, flags.fill)
+    with spool_stdin() if "-" in flags.paths else contextlib.nullcontext() as stdin:
+        paths = expand_paths(flags.paths, stdin)
+        names = [(str(path), "-" if path == stdin else str(path)) for path in paths]
+        return label_files(recognizer, names, cfg, flags)
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ class Degrade(nn.Module):
     it (EmotionCNNGRU).
     """
 
-    RATE = 0.7  # of the clips that are changed
+    RATE = 0.4  # of the clips that are changed
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -517,6 +517,7 @@ def torchrun(cfg: Config) -> Iterator[None]:
 # ---- checkpoint ------------------------------------------------------------------------------------------
 
 VERSION = 5  # of the file's layout
+PRETRAINED = Path(__file__).with_name("assets") / "pretrained.pth"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,12 +17,17 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
+import shutil
 import signal
 import sqlite3
 import stat
+import struct
+import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -46,7 +51,7 @@ FloatArray: TypeAlias = npt.NDArray[np.float32]
 # ---- the table of clips ----------------------------------------------------------------------------------
 
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf"})
-# Formats that libsndfile cannot read: listed all the same, to be reported and not overlooked.
+# Formats that libsndfile cannot read, but ffmpeg can.
 FOREIGN_SUFFIXES = frozenset({".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".3gp"})
 
 # What the emotions are called: in words, as TESS and folders do, and in the codes of CREMA-D, RAVDESS, SAVEE
@@ -365,6 +370,7 @@ def check_csv_name(name: str) -> None:
 
 FEATURES_VERSION = 3  # part of the cache key: raise it when Recording or MFCC gives other numbers
 MIN_REMAINDER = 0.1  # seconds after the last full window that are worth a window of their own
+ENVELOPE_RATE = 20  # points a second of the waveform's outline
 
 
 class AudioError(Exception):
@@ -377,80 +383,96 @@ class _SoundFile(soundfile.SoundFile):  # type: ignore[misc] # soundfile has no 
         return False
 
 
+Clip: TypeAlias = str | Path | npt.NDArray[Any]  # a file, or samples
+
+
+class Source(NamedTuple):
+    """Samples that are read block by block."""
+
+    rate: int  # Hz
+    n_frames: int  # as promised; 0: nothing is
+    read: Callable[[int], npt.NDArray[Any]]  # n -> (n, channels) float32, fewer at the end; or AudioError
+
+
 class Recording:
-    """An audio file, read window by window in constant memory.
+    """An audio file or an array, read window by window in constant memory.
 
     Iteration yields (n_samples,) float32 windows in about [-1, 1], mono, at cfg.sample_rate. They start at 0,
-    3, 6, ... s; the last one ends where the clip ends, and a clip shorter than a window is zero-padded.
-    Channels are averaged, then resampled with soxr's HQ recipe, as librosa.load does. Neither length nor
-    header is trusted: what comes out is what is there.
+    3, 6, ... s (with `step` at 0, step, 2 * step, ... s); the last one ends where the clip ends, and a clip
+    shorter than a window is zero-padded. Channels are averaged, then resampled with soxr's HQ recipe, as
+    librosa.load does. Neither length, header nor suffix is trusted: what comes out is what is there.
+
+    Args:
+        source: A path; or samples (n,) or (n, channels), float in about [-1, 1], int16 or int32.
+        cfg: Sampling rate and length of the windows.
+        rate: Of an array, in Hz; a file brings its own.
+        step: Seconds from window to window, at most cfg.duration; 0: cfg.duration.
 
     Raises, while iterated:
-        AudioError: The file is missing, no regular file, no audio, empty, or not finite.
+        AudioError: The file is missing, no regular file, no audio, empty, or not finite; or the array has
+            another shape or type, or no rate.
     """
 
-    def __init__(self, path: Path, cfg: Config) -> None:
-        self.path, self.cfg = path, cfg
-        self.seconds = 0.0  # of the audio in the windows so far
+    def __init__(self, source: Clip, cfg: Config, *, rate: float | None = None, step: float = 0.0) -> None:
+        self.source, self.cfg, self.rate, self.step = source, cfg, rate, step
+        self.seconds = 0.0  # of the audio in the windows so far; the latest window ends there
+        self.envelope: list[FloatArray] = []  # magnitudes so far, ENVELOPE_RATE a second
         self._low, self._high, self._broken = math.inf, -math.inf, ""
 
     @property
     def warning(self) -> str:
         """What is odd about the audio read so far; empty if nothing is."""
         silent = "silent" if self._high - self._low < 1e-4 else ""  # three steps of 16 bits
-        return "; ".join(filter(None, [self._broken, silent]))
+        peak = max(self._high, -self._low)  # 16-bit numbers as float, say
+        loud = f"samples as large as {peak:,.0f}, not -1 to 1" if peak > 16 else ""
+        return "; ".join(filter(None, [self._broken, silent, loud]))
 
     def __iter__(self) -> Iterator[FloatArray]:
-        if self.path.suffix.lower() in FOREIGN_SUFFIXES:
-            raise AudioError(f"{self.path.suffix} cannot be decoded: convert it to wav")
+        clip = self.source
+        opened = _open_file(Path(clip)) if isinstance(clip, str | Path) else _open_array(clip, self.rate)
         try:
-            if not stat.S_ISREG(self.path.stat().st_mode):  # opening a FIFO would wait for ever
-                raise AudioError("not a regular file")
-            self.path.open("rb").close()  # the system says why it will not; libsndfile says "System error."
-            # Absolute, since "-" would be the standard input; bytes, since a name need not be UTF-8.
-            name = self.path if sys.platform == "win32" else os.fsencode(self.path.absolute())
-            with _SoundFile(name) as file:
-                yield from self._windows(file)
+            with opened as source:
+                yield from self._windows(source)
         except OSError as error:
             raise AudioError(error.strerror or str(error)) from None
-        except soundfile.SoundFileError as error:
-            raise AudioError(_reason(error)) from None
 
-    def _windows(self, file: soundfile.SoundFile) -> Iterator[FloatArray]:
+    def _windows(self, source: Source) -> Iterator[FloatArray]:
         size, rate = self.cfg.n_samples, self.cfg.sample_rate
-        window = rest = np.empty(0, np.float32)  # the latest full one, and the samples after it
-        n_windows = 0
-        for block in self._blocks(file):
+        step = min(size, max(1, round(self.step * rate))) if self.step else size
+        window = rest = np.empty(0, np.float32)  # the latest full one, and the samples from the next one on
+        n_read = n_used = 0
+        for block in self._blocks(source):
             rest = np.concatenate([rest, block])
+            n_read += len(block)
             while len(rest) >= size:
-                window, rest = rest[:size], rest[size:]
-                n_windows += 1
-                self.seconds = n_windows * size / rate
+                window, rest = rest[:size], rest[step:]
+                n_used = n_read - len(rest) + size - step
+                self.seconds = n_used / rate
                 yield window
-        if n_windows == len(rest) == 0:
+        if n_read == 0:
             raise AudioError("holds no samples")
-        if n_windows == 0 or len(rest) >= MIN_REMAINDER * rate:
-            self.seconds = (n_windows * size + len(rest)) / rate
-            last = np.concatenate([window, rest])[-size:]
+        if n_used == 0 or n_read - n_used >= MIN_REMAINDER * rate:
+            self.seconds = n_read / rate
+            last = np.concatenate([window[:step], rest])[-size:]
             yield np.pad(last, (0, size - len(last)))
 
-    def _blocks(self, file: soundfile.SoundFile) -> Iterator[FloatArray]:
+    def _blocks(self, source: Source) -> Iterator[FloatArray]:
         """Mono blocks (n,) at cfg.sample_rate; a file that breaks off gives what came before."""
-        rate, n_read, is_last = file.samplerate, 0, False
+        rate, n_read, is_last = source.rate, 0, False
         if not 1000 <= rate <= 768_000:
             raise AudioError(f"{rate} Hz: must be 1,000 to 768,000 Hz")
         resampler = soxr.ResampleStream(rate, self.cfg.sample_rate, 1, dtype="float32", quality="HQ")
         while not is_last:
             try:
-                samples = file.read(rate // 2, dtype="float32", always_2d=True)
-            except soundfile.SoundFileError as error:  # a cut FLAC, for one
+                samples = source.read(rate // 2)
+            except AudioError as error:  # a cut FLAC, for one
                 if not n_read:
                     raise
-                samples = np.empty((0, file.channels), np.float32)
-                self._broken = f"unreadable after {n_read / rate:.2f} s: {_reason(error)}"
+                samples = np.empty((0, 1), np.float32)
+                self._broken = f"unreadable after {n_read / rate:.2f} s: {error}"
             n_read += len(samples)
             is_last = len(samples) < rate // 2
-            promised = file.frames if file.frames < 2**40 else 0  # more is no promise but "unknown"
+            promised = source.n_frames if source.n_frames < 2**40 else 0  # more is no promise but "unknown"
             if is_last and not self._broken and promised - n_read > 0.05 * rate:
                 self._broken = f"truncated: {n_read / rate:,.2f} of {promised / rate:,.2f} s"
             with np.errstate(over="ignore", invalid="ignore"):  # 1e38 overflows to what is refused here
@@ -460,13 +482,132 @@ class Recording:
                 if not (math.isfinite(low) and math.isfinite(high)):
                     raise AudioError("holds NaN or infinite samples")
                 self._low, self._high = min(self._low, low), max(self._high, high)
+                places = np.arange(0, len(wave), rate / ENVELOPE_RATE).astype(int)
+                self.envelope.append(np.maximum.reduceat(np.abs(wave), places))
             yield wave if rate == self.cfg.sample_rate else resampler.resample_chunk(wave, last=is_last)
 
 
-def _reason(error: soundfile.SoundFileError) -> str:
+@contextlib.contextmanager
+def _open_array(samples: npt.NDArray[Any], rate: float | None) -> Iterator[Source]:
+    """Samples in memory, with the numbers that a file of the same samples gives."""
+    array = np.asarray(samples)
+    kind = array.dtype.kind + str(array.dtype.itemsize)
+    if array.dtype.kind != "f" and kind not in {"i2", "i4"}:
+        raise AudioError(f"samples of {array.dtype}: must be float in [-1, 1], int16 or int32")
+    if array.ndim not in {1, 2} or (array.ndim == 2 and 0 < len(array) < array.shape[1]):
+        raise AudioError(f"samples of shape {array.shape}: must be (n,) or (n, channels), channels last")
+    if rate is None or rate % 1:  # NaN too
+        raise AudioError(f"rate = {rate}: an array needs its sampling rate, a whole number of Hz")
+    scale = np.float32({"i2": 2.0**-15, "i4": 2.0**-31}.get(kind, 1.0))
+    columns, place = array if array.ndim == 2 else array[:, None], 0
+
+    def read(n: int) -> npt.NDArray[Any]:
+        nonlocal place
+        place += n
+        with np.errstate(over="ignore"):  # of float64: infinite samples are refused
+            return columns[place - n : place].astype(np.float32) * scale
+
+    yield Source(int(rate), len(array), read)
+
+
+@contextlib.contextmanager
+def _open_file(path: Path) -> Iterator[Source]:
+    """A file as libsndfile reads it, or else ffmpeg."""
+    if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
+        raise AudioError("not a regular file")
+    with path.open("rb") as file:  # the system says why it will not; libsndfile says "System error."
+        if not file.read(1):
+            raise AudioError("empty file")
+    # Absolute, since "-" would be the standard input; bytes, since a name need not be UTF-8.
+    name = path if sys.platform == "win32" else os.fsencode(path.absolute())
+    try:
+        sound = _SoundFile(name)
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: of a suffix .raw
+        if getattr(error, "code", _UNKNOWN_FORMAT) != _UNKNOWN_FORMAT:
+            raise AudioError(_reason(error)) from None
+        sound = None
+    if sound is None:
+        with _open_ffmpeg(path) as source:
+            yield source
+        return
+
+    def read(n: int) -> npt.NDArray[Any]:
+        try:
+            return sound.read(n, dtype="float32", always_2d=True)  # type: ignore[no-any-return]
+        except soundfile.SoundFileError as error:
+            raise AudioError(_reason(error)) from None
+
+    with sound:
+        yield Source(sound.samplerate, sound.frames, read)
+
+
+_UNKNOWN_FORMAT = 1  # libsndfile's SF_ERR_UNRECOGNISED_FORMAT
+
+
+def _reason(error: Exception) -> str:
     """Libsndfile's message without the file name; its message on a short mp3 is wrong."""
     reason = str(error).rpartition(": ")[2]
     return "not audio" if not reason or "possibly a pipe" in reason else reason
+
+
+@contextlib.contextmanager
+def _open_ffmpeg(path: Path) -> Iterator[Source]:
+    """A file as ffmpeg decodes it, into a pipe, at its own rate.
+
+    Through the pipe comes Sun's au format: a header of six numbers, then samples without end.
+    """
+    program = shutil.which("ffmpeg")
+    if program is None:
+        copy = path.with_suffix(".wav") if path.suffix.lower() != ".wav" else path.with_suffix(".new.wav")
+        remedy = shlex.join(["ffmpeg", "-i", str(path), str(copy)])
+        raise AudioError(f"unknown format: install ffmpeg, or convert it with `{remedy}`")
+    # Local files alone: a playlist must not make it fetch others. Metadata would lengthen the header.
+    inputs = [*"-nostdin -v quiet -protocol_whitelist file -i".split(), f"file:{path.absolute()}"]
+    outputs = "-map 0:a:0 -map_metadata -1 -c:a pcm_f32be -f au pipe:1".split()
+    pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([program, *inputs, *outputs], process_group=0, **pipes) as process:
+        try:
+            header = _read_pipe(process, 24)
+            magic, offset, _, encoding, rate, channels = struct.unpack(">4s5I", header.ljust(24, b"\0"))
+            if magic != b".snd" or encoding != 6 or not 24 <= offset < 2**16 or not 1 <= channels <= 256:
+                raise AudioError("ffmpeg finds no audio in it")
+            _read_pipe(process, offset - 24)
+
+            def read(n: int) -> npt.NDArray[Any]:
+                content = _read_pipe(process, 4 * channels * n)
+                whole = len(content) // (4 * channels) * channels
+                return np.frombuffer(content, ">f4", whole).astype(np.float32).reshape(-1, channels)
+
+            yield Source(rate, 0, read)
+        finally:
+            if process.poll() is None:
+                _kill(process)
+
+
+FFMPEG_PATIENCE = 30.0  # seconds that ffmpeg may take for its next half second of audio
+
+
+def _read_pipe(process: "subprocess.Popen[bytes]", size: int) -> bytes:
+    """The next bytes, fewer at the end; an AudioError if ffmpeg hangs or fails."""
+    assert process.stdout is not None
+    started, timer = time.monotonic(), threading.Timer(FFMPEG_PATIENCE, _kill, [process])
+    timer.start()
+    try:
+        content = process.stdout.read(size)
+        code = process.wait() if len(content) < size else 0
+    finally:
+        timer.cancel()
+    if time.monotonic() - started >= FFMPEG_PATIENCE:
+        raise AudioError(f"ffmpeg gave nothing for {FFMPEG_PATIENCE:.0f} s")
+    if code:
+        raise AudioError(f"ffmpeg cannot decode it (exit code {code})")
+    return content
+
+
+def _kill(process: "subprocess.Popen[bytes]") -> None:
+    """End ffmpeg, and what it may have started, where there are process groups."""
+    with contextlib.suppress(OSError):
+        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
 
 
 # ---- features --------------------------------------------------------------------------------------------

@@ -54,8 +54,8 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
 from tqdm import tqdm
 
-from inference import PRETRAINED
 from model import (
+    PRETRAINED,
     Augment,
     Batch,
     Checkpoint,

@@ -32,7 +32,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from config import Config, UserError, make_parser, parse, run
-from inference import predict
+from inference import Recognizer
 from model import (
     Checkpoint,
     Distance,
@@ -175,11 +175,13 @@ def training_row(clips: pd.DataFrame, mfcc: MFCC, cfg: Config, *, scratch: Path,
     return Row(what, float(np.median(ours[1:])), "bare forward and backward", float(np.median(bare[1:])))
 
 
-def label_row(paths: Sequence[str], model: EmotionEnsemble, cfg: Config, *, repeats: int) -> Row:
+def label_row(
+    paths: Sequence[str], checkpoint: Path, model: EmotionEnsemble, cfg: Config, *, repeats: int
+) -> Row:
     """A folder to labels; ours takes in all of a clip, the loop its first 3 seconds."""
-    two = replace(cfg, num_workers=2)
+    two = Recognizer(checkpoint, device="cpu", num_workers=2)
     ours, loop = race(
-        lambda: list(predict(paths, model, two)), lambda: plain_loop(paths, model, cfg), repeats=repeats
+        lambda: list(two.predict_files(paths)), lambda: plain_loop(paths, model, cfg), repeats=repeats
     )
     return Row(f"{len(paths)} files to labels, two processes", ours, "loop of librosa, batches of one", loop)
 
@@ -220,7 +222,6 @@ def measure_speed(cfg: Config, repeats: int) -> Iterator[Row]:
         yield process_row(found[:500], mfcc, cfg, scratch=scratch, repeats=repeats)
         yield training_row(load_corpus(cfg, mfcc), mfcc, cfg, scratch=scratch, repeats=repeats)
         torch.set_num_threads(threads)
-        yield label_row(paths[:100], model, cfg, repeats=repeats)
         save_checkpoint(
             scratch / "model.pth",
             Checkpoint(
@@ -236,6 +237,7 @@ def measure_speed(cfg: Config, repeats: int) -> Iterator[Row]:
                 run="benchmark",
             ),
         )
+        yield label_row(paths[:100], scratch / "model.pth", model, cfg, repeats=repeats)
         yield from start_rows(paths[0], scratch / "model.pth", repeats=repeats)
 
 

@@ -152,7 +152,7 @@ def test_run_of_its_own_folder_keeps_its_model_there(argv: list[str], checkpoint
         ("prepare.py", "--help_me", "unknown argument --help_me"),
         ("train.py", "--fill=Sad", "unknown argument --fill"),
         ("inference.py", "--n_mfcc=20", "--n_mfcc is part of the checkpoint and cannot be changed"),
-        ("inference.py", "--run_dir=x", "--run_dir has no effect on this script"),
+        ("inference.py", "--cache_dir=x", "--cache_dir has no effect on this script"),
     ],
 )
 def test_help_and_bad_flags_are_answered_before_slow_imports(

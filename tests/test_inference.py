@@ -1,12 +1,15 @@
 """From a trained model and files to a submission, byte by byte, or to a table of probabilities."""
 
 import io
+import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import unicodedata
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,25 @@ import numpy as np
 import pandas as pd
 import pytest
 import soundfile
+import torch
 
 import inference
 from config import Config, UserError
-from inference import expand_paths, predict
-from model import load_checkpoint
+from inference import Recognizer, expand_paths
+from model import load_checkpoint, save_checkpoint
 from prepare import AudioError, make_demo
-from tests.conftest import EMOTIONS, PITCH, RATE, TINY, Trained, flags, run_script, run_unread, tone
+from tests.conftest import (
+    EMOTIONS,
+    PITCH,
+    RATE,
+    TINY,
+    Trained,
+    flags,
+    run_script,
+    run_unread,
+    script_command,
+    tone,
+)
 
 Capture = pytest.CaptureFixture[str]
 TEST = Path("data/dataset/Test")
@@ -52,10 +67,14 @@ def clips(home: Path) -> Path:
     return TEST
 
 
-def label(*paths: object, fill: str = "", **settings: Any) -> int:
+ACTIONS = {"fill": "", "timeline": False, "step": 0.0, "json": False, "output": "", "demo": False}
+
+
+def label(*paths: object, **settings: Any) -> int:
     """The script's work, in this process."""
-    cfg = Config(device="cpu", num_workers=0, **settings)
-    return inference.main(cfg, Namespace(paths=list(map(str, paths)), fill=fill, demo=False, **settings))
+    own = {name: value for name, value in settings.items() if name not in ACTIONS}
+    cfg = Config(device="cpu", num_workers=0, **own)
+    return inference.main(cfg, Namespace(paths=list(map(str, paths)), **{**ACTIONS, **settings}))
 
 
 def submission(name: str = "submission.csv") -> list[tuple[str, str]]:
@@ -135,6 +154,11 @@ def test_fill_labels_unreadable_clips_and_names_each(clips: Path, capsys: Captur
         ([], {"checkpoint": "mine.pth"}, "no checkpoint mine.pth: train one"),  # and not the bundled one
         ([TEST], {"submission": "mine.csv"}, "--submission is for the test folder: leave it out"),
         ([TEST], {"fill": "Sad"}, "--fill is for the test folder: leave it out"),
+        ([], {"json": True}, "--json is for files: name files, folders or patterns"),
+        ([TEST], {"step": 1.0}, "--step is for --timeline: leave it out"),
+        ([TEST], {"step": 0.5, "timeline": True}, "step = 0.5: must be 0.1 to 0.4 seconds"),
+        ([TEST], {"output": "data"}, "output = 'data': must be a file for rows"),
+        ([TEST], {"output": "a.wav"}, "output = 'a.wav': must be a file for rows"),
         ([TEST, ""], {}, "'': no such file or folder"),
         ([TEST, "*.flac"], {}, "no such file or folder"),
         ([TEST, "x" * 300], {}, "no such file or folder"),
@@ -290,12 +314,11 @@ def test_odd_clips_are_used_and_warned_of(paths: list[Path], clips: Path, capsys
 
 def predictions(paths: list[Path], trained: Trained, **settings: Any) -> list[np.ndarray]:
     """Probabilities of clips."""
-    stored, model = load_checkpoint(Path(trained.cfg.checkpoint))
-    cfg = Config(**{**vars(stored.config), "num_workers": 0, **settings})
+    recognizer = Recognizer(trained.cfg.checkpoint, device="cpu", **settings)
     found = []
-    for _, result in predict(list(map(str, paths)), model, cfg):
+    for _, result in recognizer.predict_files(list(map(str, paths))):
         assert not isinstance(result, AudioError)
-        found.append(result.probabilities)
+        found.append(np.array(list(result.probabilities.values())))
     return found
 
 
@@ -323,6 +346,129 @@ def test_every_window_of_a_long_file_counts(trained: Trained, tmp_path: Path) ->
         assert low - 1e-5 <= value <= high + 1e-5, label
     assert angry[0] > one[0] + 1e-3 > sad[0]
     assert one.argmax() == 0
+
+
+# ---- from Python -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int16", "int32"])
+@pytest.mark.parametrize("shape", [(11025,), (44100, 2)])
+def test_array_equals_a_file_with_the_same_samples(
+    dtype: str, shape: tuple[int, ...], trained: Trained, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    noise = rng.normal(0, 0.2, shape)
+    samples = noise.astype(dtype) if "f" in dtype else (noise * np.iinfo(dtype).max / 2).astype(dtype)
+    subtype = {"float32": "FLOAT", "float64": "DOUBLE", "int16": "PCM_16", "int32": "PCM_32"}[dtype]
+    soundfile.write(tmp_path / "a.wav", samples, 44100, subtype=subtype)
+    n_threads = torch.get_num_threads()
+    recognizer = Recognizer(trained.cfg.checkpoint, device="cpu")
+    alone, listed = (
+        recognizer.predict(samples, 44100),
+        recognizer.predict([tmp_path / "a.wav", samples], 44100),
+    )
+    assert alone == recognizer.predict(str(tmp_path / "a.wav"))
+    assert [clip.probabilities for clip in listed] == [pytest.approx(alone.probabilities, abs=1e-5)] * 2
+    assert (alone.emotion, alone.confidence) == max(alone.probabilities.items(), key=lambda item: item[1])
+    assert alone.seconds == pytest.approx(shape[0] / 44100, abs=1e-4)
+    assert torch.get_num_threads() == n_threads
+    unscaled = recognizer.predict(noise * 2**15, 44100).warning
+    assert re.fullmatch(r"samples as large as \d\d,\d+, not -1 to 1", unscaled)
+
+
+@pytest.mark.parametrize(
+    ("samples", "rate", "reason"),
+    [
+        (np.zeros((2, 9000)), 8000, r"shape \(2, 9000\): must be \(n,\) or \(n, channels\), channels last"),
+        (np.zeros(9000, np.uint8), 8000, "uint8: must be float in"),
+        (np.zeros(9000), None, "rate = None: an array needs its sampling rate"),
+        (np.zeros(9000), 999, "999 Hz: must be 1,000 to 768,000 Hz"),
+        (np.zeros(0), 8000, "holds no samples"),
+        (np.full(9000, np.nan), 8000, "holds NaN or infinite samples"),
+    ],
+)
+def test_odd_array_is_refused(samples: np.ndarray, rate: int | None, reason: str, trained: Trained) -> None:
+    with pytest.raises(AudioError, match=f"^clip 0: .*{reason}"):
+        Recognizer(trained.cfg.checkpoint, device="cpu").predict([samples], rate)
+
+
+# ---- several models --------------------------------------------------------------------------------------
+
+
+def test_probabilities_of_several_checkpoints_are_averaged(clips: Path, capsys: Capture) -> None:
+    """Each with its own temperature; other classes or features are refused."""
+    stored, _ = load_checkpoint(Path("best_emotion_model.pth"))
+    save_checkpoint(Path("other.pth"), replace(stored, members=stored.members[:1], temperature=3.0))
+    tables = []
+    for names in (["best_emotion_model.pth"], ["other.pth"], ["best_emotion_model.pth", "other.pth"]):
+        assert label(*names[1:], clips, checkpoint=names[0]) == 0
+        tables.append(printed(capsys.readouterr().out)[[*EMOTIONS]].to_numpy())
+    np.testing.assert_allclose(tables[2], (tables[0] + tables[1]) / 2, atol=1.1e-4)
+    assert np.abs(tables[0] - tables[1]).max() > 0.01
+    save_checkpoint(Path("other.pth"), replace(stored, labels=["Sad", "Angry", "Suprised"]))
+    with pytest.raises(UserError, match=r"^other.pth and best_emotion_model.pth differ in classes \(Sad, A"):
+        label("other.pth", clips, checkpoint="best_emotion_model.pth")
+    save_checkpoint(Path("other.pth"), replace(stored, config=replace(stored.config, duration=0.5)))
+    with pytest.raises(UserError, match=r"differ in duration: they cannot be averaged"):
+        Recognizer("best_emotion_model.pth", "other.pth")
+
+
+# ---- timeline, JSON, output, standard input --------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("home")
+def test_timeline_has_a_row_for_every_window_and_a_picture(capsys: Capture) -> None:
+    """Rows tell when Angry turned into Sad; files of one name have pictures of their own."""
+    silence = np.zeros(RATE)
+    wave = np.concatenate([tone(PITCH["Angry"], 2), silence, tone(PITCH["Sad"], 2.15)])
+    soundfile.write("a.wav", wave, RATE)
+    write_clip(Path("b/a.wav"), "Sad", 0.3)
+    assert label("a.wav", "b/a.wav", timeline=True, step=0.2, run_dir="pictures") == 0
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert list(table.columns) == ["filename", "start", "end", "emotion", "confidence", *EMOTIONS]
+    rows = table[table.filename == "a.wav"]
+    starts = [*np.arange(0, 4.7, 0.2), 4.75]
+    np.testing.assert_allclose(rows.start, starts, atol=1e-6)
+    np.testing.assert_allclose(rows.end, np.array(starts) + 0.4, atol=1e-6)
+    assert set(rows.emotion[rows.end < 1.9]) == {"Angry"}
+    assert set(rows.emotion[rows.start > 3.1]) == {"Sad"}
+    assert table[table.filename == "b/a.wav"][["start", "end"]].to_numpy().tolist() == [[0, 0.3]]
+    pictures = [Path("pictures", name) for name in ("timeline_a.png", "timeline_a_2.png")]
+    assert sorted(Path("pictures").iterdir()) == pictures
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+    timeline = Recognizer(device="cpu").predict("a.wav", step=0.2).timeline
+    paused = inference.find_pauses(timeline)
+    assert timeline.start[paused] == pytest.approx([2.0, 2.2, 2.4, 2.6], abs=1e-5)
+
+
+def test_json_and_output_hold_what_the_table_holds(clips: Path, capsys: Capture) -> None:
+    """One object per line; a file in one step, which an unreadable clip does not lose."""
+    (clips / "9.wav").write_text("no audio")
+    assert label(clips) == 1
+    table = capsys.readouterr().out
+    assert label(clips, output="rows.csv") == 1
+    assert capsys.readouterr().out == "5 rows in rows.csv\n"
+    assert Path("rows.csv").read_text() == table
+    assert label(clips, json=True) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    pd.testing.assert_frame_equal(pd.DataFrame(rows), printed(table))
+
+
+def test_standard_input_is_a_file(clips: Path, home: Path) -> None:
+    """Whole, cut short, or empty."""
+    whole = (clips / "2.wav").read_bytes()
+    soundfile.write("long.flac", tone(200, 4) + np.random.default_rng(0).normal(0, 0.01, 4 * RATE), RATE)
+    flac = Path("long.flac").read_bytes()
+    for content, code, row, message in (
+        (whole, 0, "-,Angry,", ""),
+        (flac[: len(flac) // 2], 0, "-,Angry,", "warning: -: "),
+        (b"", 2, "", "error: -: standard input is empty"),
+        (b"no audio", 1, "", "skipped -: "),
+    ):
+        command = script_command("inference.py", "-", "--device=cpu")
+        answer = subprocess.run(command, cwd=home, input=content, capture_output=True, check=False)
+        assert answer.returncode == code, answer.stderr
+        assert row in answer.stdout.decode()
+        assert message in answer.stderr.decode()
 
 
 # ---- the script ------------------------------------------------------------------------------------------

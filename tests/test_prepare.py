@@ -4,8 +4,11 @@ import itertools
 import multiprocessing
 import os
 import random
+import re
 import resource
+import shlex
 import signal
+import struct
 import sys
 import time
 import tracemalloc
@@ -484,6 +487,66 @@ def test_mp3_read_in_pieces_is_that_read_at_once(tmp_path: Path) -> None:
     assert np.abs(pieces - whole[: len(pieces)]).max() < 1e-4
 
 
+AU = struct.pack(">4s5I", b".snd", 24, 2**32 - 1, 6, 16000, 2)  # float32, stereo, without end
+RAMP = np.arange(16000, dtype=np.float32) / 2**15
+SECOND = np.stack([1.5 * RAMP, 0.5 * RAMP], axis=1).astype(">f4").tobytes()
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("output", "then", "reason"),
+    [
+        (AU + SECOND, "exit 0", ""),
+        (AU + SECOND, "exit 3", r"unreadable after 1\.00 s: ffmpeg cannot decode it \(exit code 3\)"),
+        (AU + SECOND, "sleep 60", r"unreadable after 1\.00 s: ffmpeg gave nothing for 1 s"),
+        (b"", "sleep 60", "ffmpeg gave nothing for 1 s"),
+        (b"", "exit 1", r"ffmpeg cannot decode it \(exit code 1\)"),
+        (b"Hello\n" * 99, "exit 0", "ffmpeg finds no audio in it"),
+        (AU, "exit 0", "holds no samples"),
+    ],
+)
+def test_ffmpeg_decodes_what_libsndfile_cannot(
+    output: bytes, then: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the suffix; a program that fails, hangs or prints rubbish costs no more than its file."""
+    (tmp_path / "output").write_bytes(output)
+    ffmpeg = tmp_path / "ffmpeg"
+    ffmpeg.write_text(f"#!/bin/sh\nset -e\ncat '{tmp_path}/output'\n{then}\n")
+    ffmpeg.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(prepare, "FFMPEG_PATIENCE", 1.0)
+    (tmp_path / "a.wav").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(99))
+    recording = Recording(tmp_path / "a.wav", Config(sample_rate=16000, duration=0.5))
+    if SECOND in output:
+        np.testing.assert_array_equal(np.concatenate(list(recording)), RAMP)  # the mean of the channels
+        assert re.match(f"{reason}$", recording.warning)
+    else:
+        with pytest.raises(AudioError, match=reason):
+            list(recording)
+
+
+def test_without_ffmpeg_the_message_says_how_to_convert(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    path = tmp_path / "it's.m4a"
+    path.write_bytes(b"\0\0\0\x20ftypM4A " + bytes(99))
+    with pytest.raises(AudioError) as error:
+        list(Recording(path, Config()))
+    command = str(error.value).partition("`")[2].rstrip("`")
+    assert shlex.split(command) == ["ffmpeg", "-i", str(path), str(path.with_suffix(".wav"))]
+
+
+def test_steps_of_windows_overlap() -> None:
+    """They start at every step, and the last one still ends at the end."""
+    ramp = np.arange(1, 40_001, dtype=np.float32) / 2**17  # each sample tells its place
+    recording = Recording(ramp, WHOLE, rate=RATE, step=0.75)
+    for window, start in zip(recording, [0, 6000, 12_000, 16_000], strict=True):
+        np.testing.assert_array_equal(window, ramp[start : start + 24_000])
+        assert recording.seconds == (start + 24_000) / RATE
+    assert len(np.concatenate(recording.envelope)) == 100  # 20 a second
+
+
 # ---- features --------------------------------------------------------------------------------------------
 
 WAVES: dict[str, Callable[[int], np.ndarray]] = {  # of a sample rate
@@ -801,7 +864,7 @@ def test_script_prints_the_table_and_names_odd_files(tmp_path: Path) -> None:
     cut(write(sad / "g.mp3", seconds=1, rate=44100), 0.6)  # its decoder prints
     write_wave(sad / "h.wav", np.zeros(RATE))
     (sad / "h.wav").rename(sad / os.fsdecode(b"h\xff\n.wav"))
-    answer = run_script("prepare.py", *flags(cfg), cwd=tmp_path)
+    answer = run_script("prepare.py", *flags(cfg), cwd=tmp_path, env={"PATH": str(tmp_path)})  # no ffmpeg
     assert answer.returncode == 0, answer.stderr
     rows = [line.split() for line in answer.stdout.splitlines()]
     assert rows[0] == ["RAVDESS", "speech", "other", "clips", "minutes", "speakers"]
@@ -816,8 +879,9 @@ def test_script_prints_the_table_and_names_odd_files(tmp_path: Path) -> None:
         f"skipped {sad}/d.wav: Too many levels of symbolic links",
         f"skipped {sad}/a.wav: not a regular file",
         f"skipped {sad}/b.wav: not a regular file",
-        f"skipped {sad}/e.WMA: .WMA cannot be decoded: convert it to wav",
-        f"skipped {sad}/f.wav: Format not recognised.",
+        f"skipped {sad}/e.WMA: not a regular file",
+        f"skipped {sad}/f.wav: unknown format: install ffmpeg, or convert it with "
+        f"`ffmpeg -i {sad}/f.wav {sad}/f.new.wav`",
     ]
     assert lines[6].startswith(f"warning: {sad}/g.mp3: truncated: 0.")
     assert lines[7:] == [rf"warning: {sad}/h\udcff\n.wav: silent"]

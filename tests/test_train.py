@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import train
 from config import Config, UserError
-from inference import predict
+from inference import Recognizer
 from model import load_checkpoint, load_tensors
 from prepare import MFCC, AudioError, ClipFeatures, FeatureCache
 from tests.conftest import (
@@ -249,15 +249,15 @@ def test_metrics_are_those_of_the_predictions(trained: Trained) -> None:
 
 def test_checkpoint_predicts_what_training_reported(trained: Trained) -> None:
     """From the files, without the cache: training and inference see the same features."""
-    checkpoint, model = load_checkpoint(Path(trained.cfg.checkpoint))
+    checkpoint, _ = load_checkpoint(Path(trained.cfg.checkpoint))
     assert [float(member["cmn"].sum()) for member in checkpoint.members] == [0, trained.cfg.n_mfcc - 1]
     assert tuple(checkpoint.labels) == EMOTIONS
     assert len(checkpoint.members) == len(checkpoint.epochs) == 2
     table = pd.read_csv(trained.folder / "run" / "predictions.csv")
-    results = predict(table.path.tolist(), model, trained.cfg)
+    results = Recognizer(trained.cfg.checkpoint, device="cpu").predict_files(table.path.tolist())
     for (_, result), row in zip(results, table.itertuples(), strict=True):
         assert not isinstance(result, AudioError)
-        np.testing.assert_allclose(result.probabilities, row[-3:], atol=1e-5)
+        np.testing.assert_allclose(list(result.probabilities.values()), row[-3:], atol=1e-5)
 
 
 @pytest.fixture
