@@ -14,6 +14,9 @@ if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imp
     parser = make_parser(__doc__, RUNTIME_FIELDS - {"cache_dir", "batch_size", "manifest"})
     parser.add_argument("paths", nargs="*", help="files, folders, patterns, or -; none: the test folder")
     parser.add_argument("--fill", default="", help="label for test clips that cannot be read; else an error")
+    parser.add_argument(
+        "--abstain", action="store_true", help="no label for what is unlike the training data"
+    )
     parser.add_argument("--export", default="", metavar="FILE", help="write the model as ONNX; label nothing")
     parser.add_argument("--timeline", action="store_true", help="a row per window, and a picture per file")
     parser.add_argument("--step", type=float, default=0.0, help="seconds from window to window of --timeline")
@@ -49,7 +52,6 @@ from tqdm import tqdm
 from model import (
     PRETRAINED,
     Checkpoint,
-    calibrate,
     export_onnx,
     load_checkpoint,
     mean_over_windows,
@@ -83,6 +85,7 @@ class Timeline(NamedTuple):
 
     start: FloatArray  # (W,) seconds
     end: FloatArray  # (W,) seconds
+    distance: FloatArray  # (W,) from the training data
     probabilities: FloatArray  # (W, C), calibrated, in the order of Recognizer.labels
     envelope: FloatArray  # magnitude of the waveform, ENVELOPE_RATE points a second
 
@@ -94,6 +97,7 @@ class Prediction(NamedTuple):
     confidence: float  # that probability
     probabilities: dict[str, float]  # label -> the mean over its windows, calibrated
     seconds: float  # of audio in it
+    distance: float  # from the training data, of which nearly all is within 1
     warning: str  # what is odd about it; empty if nothing is
     timeline: Timeline | None = None  # where a step was asked for
 
@@ -196,46 +200,46 @@ class Recognizer:
 
         owners: list[int] = []
         ends: list[float] = []
-        of_windows: list[Tensor] = []  # (models, windows of a block, C)
+        of_windows: list[Tensor] = []  # (models, windows of a block, C + 1)
         stream = windows()
         while block := list(itertools.islice(stream, BLOCK)):
             owners += [number for number, _, _ in block]
             ends += [end for _, end, _ in block]
             waves = torch.from_numpy(np.stack([window for *_, window in block])).to(self.device)
             features = self.models[0].mfcc(waves)
-            of_windows.append(torch.stack([model(features) for model in self.models]).cpu())
+            of_windows.append(torch.stack([model.judge(features) for model in self.models]).cpu())
         if not owners:
             return list(failures.values())
-        owner, probabilities = torch.tensor(owners), torch.cat(of_windows, dim=1)
-        of_clips = self._calibrate([mean_over_windows(p, owner, len(recordings)) for p in probabilities])
+        owner, judged = torch.tensor(owners), torch.cat(of_windows, dim=1)
+        of_clips = torch.stack([mean_over_windows(of_model, owner, len(recordings)) for of_model in judged])
+        distances = of_clips[:, :, -1].mean(dim=0).tolist()
         results: list[Prediction | AudioError] = []
-        for number, (recording, row) in enumerate(zip(recordings, of_clips, strict=True)):
+        for number, (recording, row) in enumerate(zip(recordings, self._calibrate(of_clips), strict=True)):
             if not row.isfinite().all():  # or the label would be the first class
                 failures.setdefault(number, AudioError("its probabilities are not finite"))
             own = owner == number
             timeline = (
-                self._make_timeline(recording, torch.tensor(ends)[own], probabilities[:, own])
+                self._make_timeline(recording, torch.tensor(ends)[own], judged[:, own])
                 if recording.step and number not in failures
                 else None
             )
             values = dict(zip(self.labels, row.tolist(), strict=True))
             best = self.labels[int(row.argmax())]
-            prediction = Prediction(
-                best, values[best], values, recording.seconds, recording.warning, timeline
-            )
-            results.append(failures.get(number, prediction))
+            about = (recording.seconds, distances[number], recording.warning, timeline)
+            results.append(failures.get(number, Prediction(best, values[best], values, *about)))
         return results
 
-    def _make_timeline(self, recording: Recording, end: Tensor, probabilities: Tensor) -> Timeline:
-        """From the ends of a clip's windows (W,), and what each model makes of them, (models, W, C)."""
+    def _make_timeline(self, recording: Recording, end: Tensor, judged: Tensor) -> Timeline:
+        """From the ends of a clip's windows (W,), and what each model makes of them, (models, W, C + 1)."""
         start = (end - self.cfg.duration).clamp(min=0)
         envelope = np.concatenate(recording.envelope)
-        return Timeline(start.numpy(), end.numpy(), self._calibrate(probabilities).numpy(), envelope)
+        distance = judged[:, :, -1].mean(dim=0).numpy()
+        return Timeline(start.numpy(), end.numpy(), distance, self._calibrate(judged).numpy(), envelope)
 
-    def _calibrate(self, of_models: Tensor | Sequence[Tensor]) -> Tensor:
-        """Probabilities (N, C) of each model -> their calibrated mean."""
-        pairs = zip(of_models, self.models, strict=True)
-        return torch.stack([calibrate(values, model.temperature) for values, model in pairs]).mean(dim=0)
+    def _calibrate(self, judged: Tensor) -> Tensor:
+        """What each model makes of clips or windows, (models, N, C + 1) -> the mean probabilities (N, C)."""
+        pairs = zip(judged, self.models, strict=True)
+        return torch.stack([model.confident(values) for values, model in pairs]).mean(dim=0)
 
 
 def _differ(one: Checkpoint, other: Checkpoint) -> str:
@@ -330,32 +334,40 @@ def spool_stdin() -> Iterator[Path]:
 
 
 def report_odd(results: Mapping[str, Prediction | AudioError]) -> int:
-    """Name the files that are odd or cannot be read, and count the latter."""
+    """Name the files that are odd or cannot be read, and count the latter, and what is far from training."""
     failures = {path: str(result) for path, result in results.items() if isinstance(result, AudioError)}
     warnings = {path: getattr(result, "warning", "") for path, result in results.items()}
     report_files({path: warning for path, warning in warnings.items() if warning}, "warning:")
     report_files(failures, "skipped", most=len(failures))
+    if n_far := sum(getattr(result, "distance", 0) > 1 for result in results.values()):
+        note(
+            f"note: {n_far} of {len(results)} recordings are unlike the training data (distance above 1): "
+            "another microphone or level, noise, music, no speech; their labels deserve less trust"
+        )
     return len(failures)
 
 
 def columns(labels: Sequence[str], *, timeline: bool) -> list[str]:
     """The header of the table: the keys of to_row, or of those of to_timeline_rows."""
     if timeline:
-        return ["filename", "start", "end", "emotion", "confidence", *labels]
-    return ["filename", "emotion", "confidence", "seconds", *labels]
+        return ["filename", "start", "end", "emotion", "confidence", "distance", *labels]
+    return ["filename", "emotion", "confidence", "seconds", "distance", *labels]
 
 
-def to_row(name: str, result: Prediction) -> Row:
-    """A file's row of the table."""
-    row: Row = {"filename": name, "emotion": result.emotion, "confidence": result.confidence}
-    return row | {"seconds": result.seconds} | result.probabilities
+def to_row(name: str, result: Prediction, *, abstain: bool) -> Row:
+    """A file's row of the table; without a label if it is far from the training data and we may abstain."""
+    emotion = "" if abstain and result.distance > 1 else result.emotion
+    row: Row = {"filename": name, "emotion": emotion, "confidence": result.confidence}
+    return row | {"seconds": result.seconds, "distance": result.distance} | result.probabilities
 
 
-def to_timeline_rows(name: str, timeline: Timeline, labels: Sequence[str]) -> Iterator[Row]:
-    """A row for each window of a file."""
-    for start, end, values in zip(timeline.start, timeline.end, timeline.probabilities, strict=True):
-        row: Row = {"filename": name, "start": float(start), "end": float(end)}
-        row |= {"emotion": labels[values.argmax()], "confidence": float(values.max())}
+def to_timeline_rows(name: str, timeline: Timeline, labels: Sequence[str], *, abstain: bool) -> Iterator[Row]:
+    """A row for each window of a file; abstain as in to_row."""
+    times = zip(timeline.start.tolist(), timeline.end.tolist(), timeline.distance.tolist(), strict=True)
+    for (start, end, distance), values in zip(times, timeline.probabilities, strict=True):
+        emotion = "" if abstain and distance > 1 else labels[values.argmax()]
+        row: Row = {"filename": name, "start": start, "end": end, "emotion": emotion}
+        row |= {"confidence": float(values.max()), "distance": distance}
         yield row | dict(zip(labels, values.tolist(), strict=True))
 
 
@@ -371,7 +383,7 @@ class TableWriter:
 
     def write(self, row: Row) -> None:
         """Write a row: times with two decimals, probabilities with four."""
-        places = dict.fromkeys(("start", "end", "seconds"), 2)
+        places = dict.fromkeys(("start", "end", "seconds", "distance"), 2)
         self.n_rows += 1
         if self.as_json:
             rounded = {k: round(v, places.get(k, 4)) if isinstance(v, float) else v for k, v in row.items()}
@@ -399,9 +411,9 @@ def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: C
         if isinstance(result, AudioError):
             continue
         if result.timeline is None:
-            writer.write(to_row(name, result))
+            writer.write(to_row(name, result, abstain=flags.abstain))
             continue
-        for row in to_timeline_rows(name, result.timeline, recognizer.labels):
+        for row in to_timeline_rows(name, result.timeline, recognizer.labels, abstain=flags.abstain):
             writer.write(row)
         save_timeline(picture_path(name, cfg, pictures), result.timeline, recognizer.labels, name)
     if flags.output:
@@ -559,7 +571,7 @@ def check_flags(flags: Any) -> None:  # noqa: ANN401 - argparse.Namespace
     for name in ("paths", "submission", "test_dir", "fill"):
         if flags.export and getattr(flags, name, ""):
             raise UserError("--export labels nothing: leave out files, folders and --submission")
-    for name in ("timeline", "json", "output"):
+    for name in ("timeline", "json", "output", "abstain"):
         if getattr(flags, name) and not flags.paths:
             raise UserError(f"--{name} is for files: name files, folders or patterns to label")
     for name in ("step", "run_dir"):

@@ -393,7 +393,7 @@ class Distance(nn.Module):
         super().__init__()
         self.n_rows, self.hears_level = max(1, cfg.n_mfcc // 2), cfg.recordings == "same"
         self.mean = nn.Buffer(torch.zeros(2 * self.n_rows))
-        self.whiten = nn.Buffer(torch.eye(2 * self.n_rows))
+        self.whiten = nn.Buffer(torch.zeros(2 * self.n_rows, 2 * self.n_rows))  # until fit(), nothing is far
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (W, F, T) -> distances (W, 1)."""
@@ -425,20 +425,32 @@ class EmotionEnsemble(nn.Module):
     and Machine Intelligence 12:993).
     """
 
+    CAUTION = 3  # how fast confidence falls with the distance from the training data
+
     def __init__(
-        self,
-        mfcc: MFCC,
-        members: Sequence[nn.Module],
-        temperature: float = 1.0,
-        distance: nn.Module | None = None,
+        self, mfcc: MFCC, members: Sequence[nn.Module], distance: Distance, temperature: float = 1.0
     ) -> None:
         super().__init__()
-        self.mfcc, self.members, self.temperature = mfcc, nn.ModuleList(members), temperature
-        self.distance = distance or nn.Identity()
+        self.mfcc, self.members = mfcc, nn.ModuleList(members)
+        self.distance, self.temperature = distance, temperature
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, F, T) of windows -> probabilities (B, C) float32, not calibrated."""
         return torch.stack([member(features).softmax(dim=1) for member in self.members]).mean(dim=0)
+
+    def judge(self, features: Tensor) -> Tensor:
+        """Features (B, F, T) -> (B, C + 1): the probabilities, and the distance from the training data.
+
+        Side by side, since of a clip with several windows both are averaged before confident() sees them.
+        """
+        return torch.cat([self(features), self.distance(features)], dim=1)
+
+    def confident(self, judged: Tensor) -> Tensor:
+        """What judge() gave, (N, C + 1) -> probabilities (N, C) with honest confidence.
+
+        Beyond the limit of what is usual in the training data they come closer to each other.
+        """
+        return calibrate(judged[:, :-1], self.temperature * judged[:, -1:].clamp(min=1) ** self.CAUTION)
 
 
 def calibrate(probabilities: Tensor, temperature: float | Tensor) -> Tensor:
@@ -635,7 +647,7 @@ def build_ensemble(checkpoint: Checkpoint) -> EmotionEnsemble:
         members.append(member)
     distance = Distance(checkpoint.config)
     distance.load_state_dict(checkpoint.distance)
-    return EmotionEnsemble(mfcc, members, checkpoint.temperature, distance).eval()
+    return EmotionEnsemble(mfcc, members, distance, checkpoint.temperature).eval()
 
 
 # ---- deployment ------------------------------------------------------------------------------------------
@@ -648,23 +660,23 @@ class WaveModel(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, windows: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, windows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Windows (B, n_samples) float32 -> probabilities of each (B, C), and of the clip they make up (C,).
 
-        The clip is calibrated after the mean over its windows, as inference.py does. One too long for memory
-        goes in pieces: probabilities ** temperature, scaled to sum to 1, are those before calibration.
+        The clip is calibrated after the mean over its windows, as inference.py does. Third, the distances of
+        the windows from the training data, (B,).
         """
-        probabilities = self.model(self.model.mfcc(windows))
-        clip = probabilities.mean(dim=0, keepdim=True)
-        return calibrate(probabilities, self.model.temperature), calibrate(clip, self.model.temperature)[0]
+        judged = self.model.judge(self.model.mfcc(windows))
+        clip = judged.mean(dim=0, keepdim=True)
+        return self.model.confident(judged), self.model.confident(clip)[0], judged[:, -1]
 
 
 def export_onnx(path: Path, checkpoint: Checkpoint, model: EmotionEnsemble) -> None:
     """Write a trained model as one ONNX file, for any number of windows, as save_file does.
 
-    Input `windows`, outputs `probabilities` and `clip`, as of WaveModel. The metadata, all text, are labels
-    (JSON, in the order of the probabilities), sample_rate (Hz), n_samples (of a window), temperature (already
-    applied) and model (what it is).
+    Input `windows`, outputs `probabilities`, `clip` and `distance`, as of WaveModel. The metadata, all text,
+    are labels (JSON, in the order of the probabilities), sample_rate (Hz), n_samples (of a window),
+    temperature (already applied) and model (what it is).
 
     Raises:
         UserError: The path is no name for it, or a package is missing.
@@ -681,7 +693,7 @@ def export_onnx(path: Path, checkpoint: Checkpoint, model: EmotionEnsemble) -> N
                 WaveModel(model).eval(),
                 (example,),
                 input_names=["windows"],
-                output_names=["probabilities", "clip"],
+                output_names=["probabilities", "clip", "distance"],
                 dynamic_shapes=({0: "batch"},),
                 dynamo=True,
                 verbose=False,

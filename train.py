@@ -188,14 +188,14 @@ def evaluate(
     """Calibrated probabilities (N, C) float32 of all clips, and their classes (N,)."""
     model.eval()
     device = next(model.parameters()).device
-    probabilities: list[Tensor] = []
+    judged: list[Tensor] = []
     classes: list[Tensor] = []
     for features, owner, targets in loader:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            of_windows = model(features.to(device))
-        probabilities.append(mean_over_windows(of_windows.float(), owner.to(device), len(targets)).cpu())
+            of_windows = model.judge(features.to(device))
+        judged.append(mean_over_windows(of_windows.float(), owner.to(device), len(targets)).cpu())
         classes.append(targets)
-    return calibrate(torch.cat(probabilities), model.temperature), torch.cat(classes)
+    return model.confident(torch.cat(judged)), torch.cat(classes)
 
 
 def validate(
@@ -263,7 +263,7 @@ def fit(
         history, best, bad_epochs, kept = (state[name] for name in ("history", "best", "bad_epochs", "kept"))
 
     ddp_model = DistributedDataParallel(model) if distributed.is_initialized() else model
-    averaged = EmotionEnsemble(augment.mfcc, [average.module])
+    averaged = EmotionEnsemble(augment.mfcc, [average.module], Distance(cfg).to(device))
     while len(history) < cfg.epochs and bad_epochs < cfg.patience:
         started, epoch, lr = time.perf_counter(), len(history) + 1, optimizer.param_groups[0]["lr"]
         # Seeded anew each epoch, so that a resumed run needs no state of random generators.

@@ -213,7 +213,8 @@ def measure_speed(cfg: Config, repeats: int) -> Iterator[Row]:
     found = find_clips(cfg).sample(frac=1, random_state=0, ignore_index=True)
     paths = found.path.tolist()
     labels = sorted(set(found.emotion))
-    model = EmotionEnsemble(mfcc, [EmotionCNNGRU(cfg, len(labels)) for _ in range(cfg.ensemble)]).eval()
+    networks = [EmotionCNNGRU(cfg, len(labels)) for _ in range(cfg.ensemble)]
+    model = EmotionEnsemble(mfcc, networks, Distance(cfg)).eval()
     # NumPy's threads slow librosa down more than they help, and on a busy machine many times over.
     with tempfile.TemporaryDirectory() as folder, threadpool_limits(1, user_api="blas"):
         scratch = Path(folder)

@@ -68,7 +68,7 @@ def run_script(
         capture_output=True,
         encoding="utf-8",
         errors="surrogateescape",
-        timeout=120,
+        timeout=600,  # on a busy machine
         check=False,
     )
 

@@ -8,7 +8,7 @@ files that go the way of any other file), and prints a row per condition.
 
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -18,16 +18,16 @@ import numpy as np
 import pandas as pd
 import scipy.signal
 import soundfile
-import torch
+from sklearn.metrics import roc_auc_score
 from tqdm import tqdm
 
 REPO = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPO))
 
 from config import Config, UserError, make_parser, parse, run
-from inference import predict
-from model import load_checkpoint, split
-from prepare import AudioError, FloatArray, find_clips, load_features
+from inference import Recognizer
+from model import split
+from prepare import AudioError, FloatArray, load_corpus
 from train import calibration_error
 
 Change: TypeAlias = Callable[[FloatArray, np.random.Generator], FloatArray]  # of a wave at RATE
@@ -130,12 +130,71 @@ def write_clip(path: Path, wave: FloatArray) -> Path:
     return path
 
 
+def tones(rng: np.random.Generator) -> FloatArray:
+    """One to three steady tones."""
+    pitches = rng.uniform(80, 4000, size=(rng.integers(1, 4), 1))
+    return np.sin(2 * np.pi * pitches * np.arange(3 * RATE) / RATE).mean(axis=0)
+
+
+def music(rng: np.random.Generator) -> FloatArray:
+    """One to four voices of decaying harmonic notes, to a beat."""
+    wave, beat = np.zeros(3 * RATE), rng.uniform(0.12, 0.5)
+    for _ in range(rng.integers(1, 5)):
+        start = 0.0
+        while start < 3:
+            length = beat * rng.choice([1, 2, 4])
+            seconds = np.arange(int(min(1.5 * length, 3 - start) * RATE)) / RATE
+            harmonics = np.arange(1, rng.integers(4, 12))[:, None]
+            note = np.sin(2 * np.pi * 110 * 2 ** (rng.integers(36) / 12) * harmonics * seconds) / harmonics
+            first = int(start * RATE)
+            wave[first : first + len(seconds)] += note.sum(axis=0) * np.exp(-seconds / rng.uniform(0.1, 1))
+            start += length
+    return wave / np.abs(wave).max() * 10 ** rng.uniform(-1.5, 0)
+
+
+NO_SPEECH: dict[str, Callable[[np.random.Generator], Any]] = {
+    "silence": lambda rng: rng.integers(2) * rng.normal(size=3 * RATE) * 10 ** rng.uniform(-5, -3.5),
+    "white noise": lambda rng: rng.normal(size=3 * RATE) * 10 ** rng.uniform(-2.5, -0.7),
+    "brown noise": lambda rng: add_noise(np.ones(3 * RATE, np.float32), rng, slope=2, snr=-60) / 1e4,
+    "tones": tones,
+    "music": music,
+}
+
+
+def judge(recognizer: Recognizer, waves: Iterable[FloatArray], suffix: str = ".wav") -> pd.DataFrame:
+    """What the model says of waves that go through files: columns emotion, confidence, distance."""
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = [
+            str(write_clip(Path(scratch, f"{number}{suffix}"), wave)) for number, wave in enumerate(waves)
+        ]
+        results = [result for _, result in recognizer.predict_files(paths)]
+    if failed := [result for result in results if isinstance(result, AudioError)]:
+        raise UserError(f"{failed[0]}")
+    return pd.DataFrame(results)[["emotion", "confidence", "distance"]]
+
+
+def describe(judged: pd.DataFrame, clean: pd.DataFrame, emotions: "pd.Series[str]") -> dict[str, str]:
+    """A condition's row of the table."""
+    right, usual = judged.emotion == emotions, clean.emotion == emotions
+    difference = right.astype(float) - usual
+    gained = judged.emotion.value_counts().sub(clean.emotion.value_counts(), fill_value=0)
+    auroc = roc_auc_score(right, judged.confidence) if right.nunique() == 2 else float("nan")
+    return {
+        "right": f"{100 * right.mean():.1f}",
+        "change": f"{100 * difference.mean():+.1f} ± {196 * difference.std() / len(right) ** 0.5:.1f}",
+        "confidence": f"{100 * judged.confidence.mean():.1f}",
+        "ECE": f"{100 * calibration_error(judged.confidence.to_numpy(), right.to_numpy()):.1f}",
+        "AUROC": f"{auroc:.2f}",
+        "far": f"{100 * (judged.distance > 1).mean():.1f}",
+        "most gained": f"{gained.idxmax()} {gained.max():+.0f}" if gained.max() else "",
+    }
+
+
 def main(cfg: Config, flags: Any) -> int:
-    """Print the table."""
-    checkpoint, model = load_checkpoint(Path(flags.model))
-    clips = find_clips(cfg)
-    clips, _ = load_features(clips, cfg, model.mfcc)
-    clips["part"] = split(clips, checkpoint.config)
+    """Print the tables."""
+    recognizer = Recognizer(flags.model, device=cfg.device, num_workers=cfg.num_workers)
+    clips = load_corpus(cfg, recognizer.models[0].mfcc)
+    clips["part"] = split(clips, recognizer.cfg)
     test = clips[clips.part == "test"].reset_index(drop=True)
     if not len(test):
         raise UserError(f"{flags.model} was trained on all clips: none is left to test on")
@@ -144,43 +203,35 @@ def main(cfg: Config, flags: Any) -> int:
     load = partial(librosa.load, sr=RATE)
     waves = [load(path)[0] for path in tqdm(test.path, "clips", disable=None)]
     voices = clips[clips.part == "train"].path.sample(40, random_state=0)
-    conditions = make_conditions([load(path)[0] for path in voices])
 
-    rows: list[dict[str, Any]] = []
+    rows: dict[str, dict[str, str]] = {}
     clean: Any = None
+    conditions = make_conditions([load(path)[0] for path in voices])
     for name, change in tqdm(conditions.items(), "conditions", disable=None):
-        with tempfile.TemporaryDirectory() as scratch:
-            suffix = ".mp3" if "mp3" in name else ".wav"
-            paths = [
-                write_clip(Path(scratch, f"{number}{suffix}"), change(wave, np.random.default_rng(number)))
-                for number, wave in enumerate(waves)
-            ]
-            results = [result for _, result in predict(list(map(str, paths)), model, cfg)]
-        if failed := [result for result in results if isinstance(result, AudioError)]:
-            raise UserError(f"{name}: {failed[0]}")
-        probabilities = torch.tensor(
-            np.stack([r.probabilities for r in results if not isinstance(r, AudioError)])
-        )
-        confidence, guess = (value.numpy() for value in probabilities.max(dim=1))
-        predicted = np.array(checkpoint.labels, dtype=object)[guess]
-        right = predicted == test.emotion.to_numpy()
-        if clean is None:
-            clean, usual = right, pd.Series(predicted).value_counts()
-        difference = right.astype(float) - clean
-        margin = 1.96 * difference.std() / len(right) ** 0.5
-        gained = pd.Series(predicted).value_counts().sub(usual, fill_value=0)
-        rows.append(
+        changed = (change(wave, np.random.default_rng(number)) for number, wave in enumerate(waves))
+        judged = judge(recognizer, changed, ".mp3" if "mp3" in name else ".wav")
+        clean = judged if clean is None else clean
+        rows[name] = describe(judged, clean, test.emotion)
+    print(f"{len(test)} test clips; change with its paired 95 % interval; ECE: calibration error; AUROC: of")
+    print("confidence, right clips against wrong ones; far: clips with a distance above 1; all in percent")
+    print(pd.DataFrame(rows).T.to_string())
+
+    print("\n50 clips each without speech")
+    silent = {
+        name: judge(recognizer, (make(np.random.default_rng(number)) for number in range(50)))
+        for name, make in NO_SPEECH.items()
+    }
+    print(
+        pd.DataFrame(
             {
-                "condition": name,
-                "right": f"{100 * right.mean():.1f}",
-                "change": f"{100 * difference.mean():+.1f} ± {100 * margin:.1f}",
-                "confidence": f"{100 * confidence.mean():.1f}",
-                "calibration error": f"{100 * calibration_error(confidence, right):.1f}",
-                "most gained": f"{gained.idxmax()} {gained.max():+.0f}" if gained.max() else "",
+                name: {
+                    "far": f"{100 * (judged.distance > 1).mean():.1f}",
+                    "confidence": f"{100 * judged.confidence.mean():.1f}",
+                }
+                for name, judged in silent.items()
             }
-        )
-    print(f"{len(test)} clips; change with its paired 95 % interval")
-    print(pd.DataFrame(rows).to_string(index=False))
+        ).T.to_string()
+    )
     return 0
 
 

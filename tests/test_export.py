@@ -15,7 +15,7 @@ import torch
 
 import inference
 from config import Config, UserError
-from model import calibrate, load_checkpoint
+from model import load_checkpoint
 from tests.conftest import EMOTIONS, PITCH, RATE, ROOT, Trained, run_script, tone
 
 
@@ -46,12 +46,13 @@ def test_any_number_of_windows_gives_what_pytorch_gives(
     for n_windows in (1, 2, 3, 5, 9):
         tones = [tone(PITCH[label], cfg.duration) for label in rng.choice(EMOTIONS, n_windows)]
         windows = np.float32(tones + 0.01 * rng.normal(size=(n_windows, cfg.n_samples)))
-        probabilities, clip = session.run(None, {"windows": windows})
+        probabilities, clip, distance = session.run(None, {"windows": windows})
         with torch.inference_mode():
-            expected = model(model.mfcc(torch.from_numpy(windows)))
-        for found, plain in ((probabilities, expected), (clip[None], expected.mean(dim=0, keepdim=True))):
-            of_torch = calibrate(plain, checkpoint.temperature).numpy()
-            np.testing.assert_allclose(found, of_torch, rtol=0, atol=1e-5)
+            judged = model.judge(model.mfcc(torch.from_numpy(windows)))
+            of_clip = model.confident(judged.mean(dim=0, keepdim=True))
+            expected = (model.confident(judged), of_clip[0], judged[:, -1])
+        for found, of_torch in zip((probabilities, clip, distance), expected, strict=True):
+            np.testing.assert_allclose(found, of_torch.numpy(), rtol=1e-4, atol=1e-5)
     about = session.get_modelmeta().custom_metadata_map
     assert json.loads(about["labels"]) == checkpoint.labels
     assert float(about["temperature"]) == checkpoint.temperature

@@ -362,7 +362,7 @@ def test_augmentation_and_network_move_to_another_device() -> None:
     """Every constant of theirs; "meta" stands for a GPU, which few machines have."""
     for module in (
         Augment(make_mfcc(TINY_CFG), TINY_CFG),
-        EmotionEnsemble(make_mfcc(TINY_CFG), [make_network()], 1.0, Distance(TINY_CFG)),
+        EmotionEnsemble(make_mfcc(TINY_CFG), [make_network()], Distance(TINY_CFG)),
     ):
         moved = copy.deepcopy(module).to("meta")
         assert {value.device.type for value in moved.state_dict().values()} == {"meta"}
@@ -409,7 +409,7 @@ def test_ensemble_gives_the_mean_of_probabilities() -> None:
     members = [make_network(seed=seed) for seed in range(3)]
     with torch.inference_mode():
         shares = torch.stack([member(noise(4, 26)).softmax(dim=1) for member in members])
-        together = EmotionEnsemble(make_mfcc(TINY_CFG), members)(noise(4, 26))
+        together = EmotionEnsemble(make_mfcc(TINY_CFG), members, Distance(TINY_CFG))(noise(4, 26))
     assert (shares[0] - shares[1]).abs().max() > 1e-3
     torch.testing.assert_close(together, shares.mean(dim=0))
 
