@@ -102,6 +102,12 @@ class Prediction(NamedTuple):
     timeline: Timeline | None = None  # where a step was asked for
 
 
+def own_or_bundled(recordings: str) -> Path:
+    """best_emotion_model.pth where there is one, else the bundled model for such recordings."""
+    own = Path(Config().checkpoint)
+    return own if own.exists() else PRETRAINED[recordings]
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Let PyTorch use one thread for a while: for one window, threads start too slowly."""
@@ -116,8 +122,8 @@ def one_thread() -> Iterator[None]:
 class Recognizer:
     """A trained model, or several whose probabilities are averaged, that labels files and arrays.
 
-    Without a checkpoint it takes best_emotion_model.pth where there is one, else the bundled model. It
-    changes nothing outside itself: no settings of PyTorch, no files.
+    Without a checkpoint it takes best_emotion_model.pth where there is one, else the bundled model for any
+    recordings. It changes nothing outside itself: no settings of PyTorch, no files.
 
     Args:
         checkpoints: Files that train.py wrote.
@@ -129,8 +135,7 @@ class Recognizer:
     """
 
     def __init__(self, *checkpoints: str | Path, device: str = "auto", num_workers: int = 0) -> None:
-        default = Path(Config().checkpoint)
-        self.paths = [Path(path) for path in checkpoints] or [default if default.exists() else PRETRAINED]
+        self.paths = [Path(path) for path in checkpoints] or [own_or_bundled("any")]
         loaded = [load_checkpoint(path) for path in self.paths]
         self.checkpoints = [checkpoint for checkpoint, _ in loaded]
         for path, checkpoint in zip(self.paths, self.checkpoints, strict=True):
@@ -591,7 +596,10 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
     if flags.demo:
         make_demo(Path(cfg.data_dir))
     torch.set_num_threads(1)  # the cores belong to the workers, which are forked
-    asked = [cfg.checkpoint] if flags.demo or hasattr(flags, "checkpoint") else []
+    # The test folder of a competition is recorded as its training clips are.
+    asked: list[str | Path] = [own_or_bundled("any" if flags.paths else "same")]
+    if flags.demo or hasattr(flags, "checkpoint"):
+        asked = [cfg.checkpoint]
     recognizer = Recognizer(*asked, *more, device=cfg.device, num_workers=cfg.num_workers)
     for path, checkpoint in zip(recognizer.paths, recognizer.checkpoints, strict=True):
         note(f"model: {path}, {checkpoint.summary}")

@@ -529,7 +529,8 @@ def torchrun(cfg: Config) -> Iterator[None]:
 # ---- checkpoint ------------------------------------------------------------------------------------------
 
 VERSION = 5  # of the file's layout
-PRETRAINED = Path(__file__).with_name("assets") / "pretrained.pth"
+# The bundled models, by their setting `recordings`.
+PRETRAINED = {name: Path(__file__).with_name("assets") / f"pretrained_{name}.pth" for name in ("any", "same")}
 
 
 @dataclass(frozen=True, kw_only=True)

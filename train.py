@@ -83,6 +83,7 @@ from prepare import (
     MFCC,
     FeatureCache,
     FloatArray,
+    emotion_of,
     load_corpus,
     make_demo,
     mfcc_constants,
@@ -1039,7 +1040,7 @@ def evaluate_folder(cfg: Config, folder: str, *, is_named: bool) -> None:
         UserError: There is no such model, or it knows no class of the folder.
     """
     path = Path(cfg.checkpoint)
-    path = path if is_named or path.exists() else PRETRAINED
+    path = path if is_named or path.exists() else PRETRAINED["any"]
     checkpoint, model = load_checkpoint(path)
     note(f"model: {path}, {checkpoint.summary}")
     home, place = Path(cfg.run_dir), Path(folder).resolve()
@@ -1047,7 +1048,9 @@ def evaluate_folder(cfg: Config, folder: str, *, is_named: bool) -> None:
     own |= {"data_dir": folder, "run_dir": str(home / f"evaluate_{place.name}")}
     cfg = replace(checkpoint.config, **own)
     found = load_corpus(cfg, model.mfcc)
-    clips = found[found.emotion.isin(checkpoint.labels)]
+    spelling = {emotion_of(label) or label: label for label in checkpoint.labels}  # Suprised is Surprised
+    clips = found.assign(emotion=[spelling.get(emotion_of(name) or name, name) for name in found.emotion])
+    clips = clips[clips.emotion.isin(checkpoint.labels)]
     classes = f"classes of {folder}: {', '.join(sorted(set(found.emotion)))}"
     classes += f"; classes of {path}: {', '.join(checkpoint.labels)}"
     if clips.empty:

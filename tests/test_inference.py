@@ -22,7 +22,7 @@ import torch
 import inference
 from config import Config, UserError
 from inference import Recognizer, expand_paths
-from model import load_checkpoint, save_checkpoint
+from model import PRETRAINED, load_checkpoint, save_checkpoint
 from prepare import AudioError, make_demo
 from tests.conftest import (
     EMOTIONS,
@@ -67,7 +67,16 @@ def clips(home: Path) -> Path:
     return TEST
 
 
-ACTIONS = {"fill": "", "timeline": False, "step": 0.0, "json": False, "output": "", "demo": False}
+ACTIONS = {
+    "fill": "",
+    "abstain": False,
+    "export": "",
+    "timeline": False,
+    "step": 0.0,
+    "json": False,
+    "output": "",
+    "demo": False,
+}
 
 
 def label(*paths: object, **settings: Any) -> int:
@@ -87,7 +96,7 @@ def submission(name: str = "submission.csv") -> list[tuple[str, str]]:
 def printed(text: str) -> pd.DataFrame:
     """The table that was printed, names as text, probabilities as numbers."""
     table = pd.read_csv(io.StringIO(text), dtype={"filename": str}, keep_default_na=False)
-    assert list(table.columns) == ["filename", "emotion", "confidence", "seconds", *EMOTIONS]
+    assert list(table.columns) == ["filename", "emotion", "confidence", "seconds", "distance", *EMOTIONS]
     return table
 
 
@@ -424,7 +433,7 @@ def test_timeline_has_a_row_for_every_window_and_a_picture(capsys: Capture) -> N
     write_clip(Path("b/a.wav"), "Sad", 0.3)
     assert label("a.wav", "b/a.wav", timeline=True, step=0.2, run_dir="pictures") == 0
     table = pd.read_csv(io.StringIO(capsys.readouterr().out))
-    assert list(table.columns) == ["filename", "start", "end", "emotion", "confidence", *EMOTIONS]
+    assert list(table.columns) == ["filename", "start", "end", "emotion", "confidence", "distance", *EMOTIONS]
     rows = table[table.filename == "a.wav"]
     starts = [*np.arange(0, 4.7, 0.2), 4.75]
     np.testing.assert_allclose(rows.start, starts, atol=1e-6)
@@ -479,10 +488,10 @@ def test_bundled_model_labels_where_there_is_no_other(clips: Path, capsys: Captu
     Path("best_emotion_model.pth").unlink()
     assert label(clips / "1.wav") == 0
     output = capsys.readouterr()
-    assert f"model: {inference.PRETRAINED}, " in output.err
+    assert f"model: {PRETRAINED['any']}, " in output.err
     header, row = output.out.splitlines()
-    assert header.split(",")[4:] == "Angry Disgusted Fearful Happy Neutral Sad Suprised".split()
-    assert sum(map(float, row.split(",")[4:])) == pytest.approx(1, abs=1e-3)
+    assert header.split(",")[5:] == "Angry Disgusted Fearful Happy Neutral Sad Suprised".split()
+    assert sum(map(float, row.split(",")[5:])) == pytest.approx(1, abs=1e-3)
 
 
 def test_reader_that_leaves_early_is_no_fault(clips: Path, home: Path) -> None:

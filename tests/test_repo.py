@@ -63,7 +63,7 @@ def test_no_clip_and_no_result_is_tracked() -> None:
     assert {path.parent for path in clips} <= {Path("tests/cases")}
     assert all((ROOT / path).stat().st_size <= 2048 for path in clips)
     models = [path for path in tracked() if path.suffix == ".pth" or path.name == "submission.csv"]
-    assert models == [Path("assets/pretrained.pth")]
+    assert models == [Path("assets/pretrained_any.pth"), Path("assets/pretrained_same.pth")]
 
 
 def test_requirements_are_what_the_scripts_import() -> None:

@@ -565,7 +565,7 @@ def test_evaluate_scores_a_model_on_any_labelled_folder(
     assert metrics["test"]["accuracy"] > 0.7
     assert metrics["config"]["n_mfcc"] == copied.n_mfcc
     # The same without a model of one's own: the bundled one.
-    monkeypatch.setattr(train, "PRETRAINED", Path(copied.checkpoint))
+    monkeypatch.setattr(train, "PRETRAINED", {"any": Path(copied.checkpoint)})
     places = {"run_dir": str(tmp_path / "new"), "checkpoint": "none.pth", "cache_dir": copied.cache_dir}
     assert script(Config(num_workers=0, device="cpu", **places), evaluate=str(folder)) == 0
     assert (tmp_path / "new" / "evaluate_mine" / "predictions.csv").read_text() == (
