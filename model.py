@@ -450,7 +450,8 @@ class EmotionEnsemble(nn.Module):
 
         Beyond the limit of what is usual in the training data they come closer to each other.
         """
-        return calibrate(judged[:, :-1], self.temperature * judged[:, -1:].clamp(min=1) ** self.CAUTION)
+        excess = judged[:, -1:].clamp(1, 3)  # more would leave no order among them
+        return calibrate(judged[:, :-1], self.temperature * excess**self.CAUTION)
 
 
 def calibrate(probabilities: Tensor, temperature: float | Tensor) -> Tensor:

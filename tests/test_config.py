@@ -24,7 +24,7 @@ BELOW_1, ABOVE_0 = math.nextafter(1, 0), math.nextafter(0, 1)
 def other_value(name: str) -> Any:
     """A valid value of a field that is not its default."""
     choices = {"split": "speaker", "device": "cuda:1", "precision": "float32", "cmn": "all"}
-    choices |= {"labels_from": "folders", "extra_labels": "keep"}
+    choices |= {"recordings": "any", "labels_from": "folders", "extra_labels": "keep"}
     if name in choices:
         return choices[name]
     default = FIELDS[name].default

@@ -344,7 +344,8 @@ def test_clip_alone_equals_the_clip_among_others(clips: Path, trained: Trained, 
 
 def test_every_window_of_a_long_file_counts(trained: Trained, tmp_path: Path) -> None:
     """Twenty seconds of one class and eight of another, 70 windows, in either order."""
-    long, short = tone(PITCH["Angry"], 20), tone(PITCH["Sad"], 8)
+    noise = 0.01 * np.random.default_rng(0).normal(size=28 * RATE)  # a pure tone is unlike all training clips
+    long, short = tone(PITCH["Angry"], 20) + noise[: 20 * RATE], tone(PITCH["Sad"], 8) + noise[20 * RATE :]
     parts = {"a": [long, short], "b": [short, long], "c": [long], "d": [short]}
     for name, waves in parts.items():
         soundfile.write(tmp_path / f"{name}.wav", np.concatenate(waves), RATE, subtype="FLOAT")
