@@ -34,7 +34,6 @@ import os
 import re
 import sys
 import tempfile
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -50,12 +49,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model import (
+    COLOURS,
     PRETRAINED,
     Checkpoint,
     export_onnx,
     load_checkpoint,
     mean_over_windows,
     resolve_device,
+    save_figure,
     save_file,
 )
 from prepare import (
@@ -420,7 +421,9 @@ def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: C
             continue
         for row in to_timeline_rows(name, result.timeline, recognizer.labels, abstain=flags.abstain):
             writer.write(row)
-        save_timeline(picture_path(name, cfg, pictures), result.timeline, recognizer.labels, name)
+        path = picture_path(name, cfg, pictures)
+        save_figure(path, partial(plot_timeline, result.timeline, recognizer.labels, name))
+        note(f"picture of {name}: {path}")
     if flags.output:
         save_file(Path(flags.output), stream.getvalue().encode())
         print(printable(f"{writer.n_rows} rows in {flags.output}"))
@@ -430,8 +433,6 @@ def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: C
 # ---- timeline --------------------------------------------------------------------------------------------
 
 PAUSE = 0.03  # a window whose loudest point is below this part of the recording's loud points (-30 dB)
-# Okabe & Ito's colours, which the colour-blind tell apart too.
-COLOURS = "#d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #0072b2 #f0e442 #000000".split()
 
 
 def picture_path(name: str, cfg: Config, taken: set[str]) -> Path:
@@ -441,19 +442,6 @@ def picture_path(name: str, cfg: Config, taken: set[str]) -> Path:
     own = next(text for text in itertools.chain([stem], numbered) if text.lower() not in taken)
     taken.add(own.lower())
     return Path(cfg.run_dir, f"timeline_{own}.png")
-
-
-def save_timeline(path: Path, timeline: Timeline, labels: Sequence[str], title: str) -> None:
-    """Draw a timeline as PNG; whatever goes wrong is a warning, since the rows are worth more."""
-    buffer = io.BytesIO()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph")  # a name in a script that the font lacks
-            plot_timeline(timeline, labels, title).savefig(buffer, format="png", dpi=150)
-        save_file(path, buffer.getvalue())
-        note(f"picture of {title}: {path}")
-    except Exception as error:
-        note(f"warning: {path} not drawn: {error}")
 
 
 def find_pauses(timeline: Timeline) -> npt.NDArray[np.bool_]:

@@ -11,7 +11,7 @@ import os
 import time
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -527,6 +527,70 @@ def torchrun(cfg: Config) -> Iterator[None]:
         distributed.destroy_process_group()
 
 
+# ---- files and figures -----------------------------------------------------------------------------------
+
+
+def save_file(path: Path, content: bytes) -> None:
+    """Write a file in one step: whatever happens, the old or the new one is there, never half of one.
+
+    Raises:
+        OSError: It cannot be written; the old file is as it was.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(glob.escape(f".{path.name}.") + "*.tmp"):  # of a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - stale.stat().st_mtime > 60:
+                stale.unlink()
+    # In the same folder, or it could not be moved in one step.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+def save_view(path: Path, make: Callable[[], bytes]) -> None:
+    """Write what is only to look at; whatever goes wrong is a warning, since the model is worth more."""
+    try:
+        save_file(path, make())
+    except Exception as error:
+        note(f"warning: {path} not made: {error}")
+
+
+# Colours that the colour-blind can tell apart (Okabe & Ito 2008, Color Universal Design).
+COLOURS = "#d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #0072b2 #f0e442 #000000".split()
+STYLE: Any = {
+    "font.size": 12,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def save_figure(path: Path, draw: Callable[[], Any]) -> None:
+    """Draw a figure and write it as PNG, as save_view does."""
+
+    def make() -> bytes:
+        import matplotlib as mpl  # noqa: PLC0415 - takes a second; pyplot would want a display
+
+        buffer = io.BytesIO()
+        with warnings.catch_warnings(), mpl.rc_context(STYLE):
+            warnings.filterwarnings("ignore", "Glyph")  # a class name in a script that the font lacks
+            draw().savefig(buffer, format="png", dpi=150)
+        return buffer.getvalue()
+
+    save_view(path, make)
+
+
 # ---- checkpoint ------------------------------------------------------------------------------------------
 
 VERSION = 5  # of the file's layout
@@ -554,31 +618,6 @@ class Checkpoint:
         """What the model is, in one line."""
         networks = f"{len(self.members)} networks" if len(self.members) > 1 else "1 network"
         return f"{networks} trained on {sum(self.n_clips.values()):,} clips of {len(self.labels)} classes"
-
-
-def save_file(path: Path, content: bytes) -> None:
-    """Write a file in one step: whatever happens, the old or the new one is there, never half of one.
-
-    Raises:
-        OSError: It cannot be written; the old file is as it was.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(glob.escape(f".{path.name}.") + "*.tmp"):  # of a process that was killed
-        with contextlib.suppress(OSError):
-            if time.time() - stale.stat().st_mtime > 60:
-                stale.unlink()
-    # In the same folder, or it could not be moved in one step.
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
 def save_tensors(path: Path, content: Mapping[str, Any]) -> None:

@@ -23,7 +23,6 @@ if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imp
 import contextlib
 import copy
 import hashlib
-import io
 import json
 import math
 import multiprocessing
@@ -33,7 +32,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime
@@ -55,6 +53,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Seque
 from tqdm import tqdm
 
 from model import (
+    COLOURS,
     PRETRAINED,
     Augment,
     Batch,
@@ -74,8 +73,10 @@ from model import (
     resolve_device,
     resolve_dtype,
     save_checkpoint,
+    save_figure,
     save_file,
     save_tensors,
+    save_view,
     split,
     torchrun,
 )
@@ -847,14 +848,6 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
     save_file(path, json.dumps(content, indent=2).encode())
 
 
-def save_view(path: Path, make: Callable[[], bytes]) -> None:
-    """Write what is only to look at; whatever goes wrong is a warning, since the model is worth more."""
-    try:
-        save_file(path, make())
-    except Exception as error:
-        note(f"warning: {path} not made: {error}")
-
-
 def mistakes_page(run_dir: Path, predictions: pd.DataFrame, labels: Sequence[str]) -> bytes:
     """HTML with the clips that are wrong, the surest first, and a player for each.
 
@@ -874,32 +867,7 @@ def mistakes_page(run_dir: Path, predictions: pd.DataFrame, labels: Sequence[str
 
 # ---- figures ---------------------------------------------------------------------------------------------
 
-# Colours that the colour-blind can tell apart (Okabe & Ito 2008, Color Universal Design).
-BLUE, ORANGE, SKY = "#0072B2", "#D55E00", "#56B4E9"
-STYLE: Any = {
-    "font.size": 12,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.constrained_layout.use": True,
-}
-
-
-def save_figure(path: Path, draw: Callable[[], Any]) -> None:
-    """Draw a figure and write it as PNG, as save_view does."""
-
-    def make() -> bytes:
-        import matplotlib as mpl  # noqa: PLC0415 - takes a second; pyplot would want a display
-
-        buffer = io.BytesIO()
-        with warnings.catch_warnings(), mpl.rc_context(STYLE):
-            warnings.filterwarnings("ignore", "Glyph")  # a class name in a script that the font lacks
-            draw().savefig(buffer, format="png", dpi=150)
-        return buffer.getvalue()
-
-    save_view(path, make)
+BLUE, ORANGE, SKY = COLOURS[5], COLOURS[0], COLOURS[4]
 
 
 def plot_history(history: pd.DataFrame, kept: Sequence[int]) -> Any:  # noqa: ANN401 - matplotlib's Figure
