@@ -425,7 +425,7 @@ class EmotionEnsemble(nn.Module):
     and Machine Intelligence 12:993).
     """
 
-    CAUTION = 3  # how fast confidence falls with the distance from the training data
+    CAUTION = 2  # how fast confidence falls with the distance from the training data
 
     def __init__(
         self, mfcc: MFCC, members: Sequence[nn.Module], distance: Distance, temperature: float = 1.0
