@@ -33,7 +33,7 @@ class Config:
     test_dir: str = ""  # unlabelled clips for the submission; empty: the folder Test in data_dir
     cache_dir: str = "cache"  # extracted features; safe to delete
     run_dir: str = "run"  # history, metrics, figures, and what --resume continues from
-    checkpoint: str = "best_emotion_model.pth"  # the trained model; with --run_dir A, in A
+    checkpoint: str = "best_emotion_model.pth"  # the trained model; of train.py --run_dir A, in A
     submission: str = "submission.csv"  # what inference.py writes for the test clips
     manifest: str = ""  # CSV with filename and emotion or speaker; empty: manifest.csv in data_dir
     labels_from: str = "auto"  # folders, or auto: file names, where most of them disagree with the folders
@@ -48,9 +48,8 @@ class Config:
     hop_length: int = 512  # samples from frame to frame, 23 ms at 22,050 Hz
     n_mels: int = 128  # mel bands under the cepstrum
 
-    recordings: str = "same"  # to be labelled: same, as the training clips; any, of any loudness and quality
-
     # ---- network ----------------------------------------------------------------------------------------
+    recordings: str = "same"  # to label: like the training clips (same), or of any loudness and quality (any)
     ensemble: int = 8  # networks, each trained from its own seed; their probabilities are averaged
     cmn: str = "alternate"  # cepstral mean normalisation in none, all, or every second of the networks
     conv_channels: int = 128  # channels of the first convolution; each further block has half as many more

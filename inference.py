@@ -340,7 +340,7 @@ def spool_stdin() -> Iterator[Path]:
 
 
 def report_odd(results: Mapping[str, Prediction | AudioError]) -> int:
-    """Name the files that are odd or cannot be read, and count the latter, and what is far from training."""
+    """Name files that are odd or cannot be read, say how many are far off, and count the unreadable."""
     failures = {path: str(result) for path, result in results.items() if isinstance(result, AudioError)}
     warnings = {path: getattr(result, "warning", "") for path, result in results.items()}
     report_files({path: warning for path, warning in warnings.items() if warning}, "warning:")
@@ -454,7 +454,7 @@ def find_pauses(timeline: Timeline) -> npt.NDArray[np.bool_]:
 
 
 def plot_timeline(timeline: Timeline, labels: Sequence[str], title: str) -> Any:  # noqa: ANN401 - Figure
-    """The outline of the waveform above the stacked probabilities; pauses are grey."""
+    """The outline of the waveform above the stacked probabilities; pauses and what is no speech are grey."""
     from matplotlib import colormaps  # noqa: PLC0415 - takes a second
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -470,11 +470,11 @@ def plot_timeline(timeline: Timeline, labels: Sequence[str], title: str) -> Any:
     waveform.fill_between(times, -timeline.envelope, timeline.envelope, color="black", linewidth=0)
     names = [label.replace("$", r"\$") for label in labels]
     stack.stackplot(edges, heights, labels=names, colors=colours, step="post", linewidth=0)
-    pauses = np.append(find_pauses(timeline), False)
+    pauses = np.append(find_pauses(timeline) | (timeline.distance > 1), False)
     for axes, alpha in ((waveform, 0.4), (stack, 1.0)):
         style = {"step": "post", "color": "lightgrey", "alpha": alpha, "linewidth": 0}
         across = axes.get_xaxis_transform()
-        axes.fill_between(edges, 0, 1, where=pauses, transform=across, label="pause", **style)
+        axes.fill_between(edges, 0, 1, where=pauses, transform=across, label="pause, or far off", **style)
     waveform.set_title(printable(title), parse_math=False)
     waveform.set_ylabel("waveform")
     stack.set(xlabel=unit, ylabel="probability", xlim=(0, edges[-1]), ylim=(0, 1))
@@ -558,7 +558,7 @@ def check_flags(flags: Any) -> None:  # noqa: ANN401 - argparse.Namespace
     Raises:
         UserError: There is such a flag, or its value is bad.
     """
-    for name in ("submission", "test_dir", "fill"):
+    for name in ("submission", "data_dir", "test_dir", "fill"):
         if flags.paths and getattr(flags, name, ""):
             raise UserError(f"--{name} is for the test folder: leave it out, or the files")
     for name in ("paths", "submission", "test_dir", "fill"):
@@ -571,8 +571,9 @@ def check_flags(flags: Any) -> None:  # noqa: ANN401 - argparse.Namespace
         if getattr(flags, name, "") and not flags.timeline:
             raise UserError(f"--{name} is for --timeline: leave it out, or add --timeline")
     output = Path(flags.output)
-    if flags.output and (output.is_dir() or output.suffix.lower() in AUDIO_SUFFIXES | FOREIGN_SUFFIXES):
-        raise UserError(f"output = {flags.output!r}: must be a file for rows, no folder and no audio")
+    odd = AUDIO_SUFFIXES | FOREIGN_SUFFIXES | {".pth"}
+    if flags.output and (output.is_dir() or output.suffix.lower() in odd):
+        raise UserError(f"output = {flags.output!r}: must be a file for rows: no folder, audio or model")
 
 
 def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
@@ -585,19 +586,22 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
         make_demo(Path(cfg.data_dir))
     torch.set_num_threads(1)  # the cores belong to the workers, which are forked
     # The test folder of a competition is recorded as its training clips are.
-    asked: list[str | Path] = [own_or_bundled("any" if flags.paths else "same")]
+    asked: list[str | Path] = [own_or_bundled("any" if flags.paths or flags.export else "same")]
     if flags.demo or hasattr(flags, "checkpoint"):
         asked = [cfg.checkpoint]
+    elif more:
+        raise UserError(f"{more[0]} is a model: name models with --checkpoint")
     recognizer = Recognizer(*asked, *more, device=cfg.device, num_workers=cfg.num_workers)
     for path, checkpoint in zip(recognizer.paths, recognizer.checkpoints, strict=True):
         note(f"model: {path}, {checkpoint.summary}")
-    if any(getattr(recognizer.cfg, name) != getattr(cfg, name) for name in MODEL_FIELDS):
+    is_bundled = recognizer.paths[0] in PRETRAINED.values()
+    if not is_bundled and any(getattr(recognizer.cfg, n) != getattr(cfg, n) for n in MODEL_FIELDS):
         note("note: settings are those of the model, not of config.py")
     if flags.export:
         if len(recognizer.models) > 1:
             raise UserError("--export writes one model: name one with --checkpoint")
         checkpoint = recognizer.checkpoints[0]
-        export_onnx(Path(flags.export), checkpoint, recognizer.models[0])
+        export_onnx(Path(flags.export), checkpoint, recognizer.models[0].cpu())
         shape = f"(any number, {checkpoint.config.n_samples}) at {checkpoint.config.sample_rate} Hz"
         classes = f"probabilities of {len(checkpoint.labels)} classes"
         print(printable(f"{flags.export}: windows {shape} -> {classes}"))

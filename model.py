@@ -243,9 +243,9 @@ class Degrade(nn.Module):
     def forward(self, mfcc: Tensor) -> Tensor:
         """MFCC (B, n_mfcc, T) float32 -> the same shape."""
         chosen = (torch.rand(len(mfcc), device=mfcc.device) < self.RATE).nonzero().flatten()
-        before = self.to_bands @ mfcc[chosen]  # dB, (B', bands, T)
         if not len(chosen):
             return mfcc
+        before = self.to_bands @ mfcc[chosen]  # dB, (B', bands, T)
         loudest = before.amax(dim=(1, 2), keepdim=True)
         silent = before.amax(dim=1, keepdim=True) < loudest - 70  # frames of padding
         power = 10 ** ((before - loudest) / 10)

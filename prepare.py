@@ -162,7 +162,7 @@ def _list_clips(cfg: Config, listed: Iterable[str]) -> pd.DataFrame:
     folders = [path for path in sorted(root.iterdir()) if path.is_dir() and _is_class(path, cfg)]
     found = [path for folder in folders for path in find_audio(folder)]
     files = [path for path in root.iterdir() if path.is_file() and not path.name.startswith(".")]
-    found += [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES]
+    found += [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES | FOREIGN_SUFFIXES]
     paths = sorted({*map(str, found), *listed})
     parents = [(*Path(path).relative_to(root).parts[:-1], "", "") for path in paths]
     clips = pd.DataFrame({"path": paths}, dtype=object).join(parse_names(paths))

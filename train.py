@@ -323,7 +323,7 @@ def start_from(path: Path, model: EmotionCNNGRU, member: int, labels: Sequence[s
     if path.is_file():
         content, last = load_tensors(path), f"head.{len(model.head) - 1}."
         weights = content["members"][member - 1]
-        if content["labels"] != list(labels):
+        if not same_classes(content["labels"], labels):
             weights |= {name: own for name, own in model.state_dict().items() if name.startswith(last)}
         model.load_state_dict(weights)
 
@@ -966,8 +966,10 @@ def cross_validate(
     say(
         f"\nall {len(predictions):,} clips, each by the networks that never saw it\n{describe_scores(pooled)}"
     )
-    per_fold = pd.DataFrame(map(summarize, tables)).drop(columns="clips")
-    say(f"\nper fold\n{per_fold.agg(['mean', 'std']).to_string(float_format='{:.1%}'.format)}")
+    per_fold = pd.DataFrame(map(summarize, tables), index=[f"fold {n + 1}" for n in range(n_folds)])
+    per_fold = per_fold.drop(columns="clips")
+    per_fold = pd.concat([per_fold, per_fold.agg(["mean", "std"])])
+    say(f"\n{per_fold.to_string(float_format='{:.1%}'.format)}")
     scores = {"pooled": pooled, "folds": [score(table, labels) for table in tables], "config": asdict(cfg)}
     save_json(run_dir / "metrics.json", scores)
     save_predictions(run_dir, predictions, labels)
@@ -976,7 +978,12 @@ def cross_validate(
 # ---- other models, other clips ---------------------------------------------------------------------------
 
 
-WORTHLESS = "scores of clips that it was trained on are worth nothing"
+UNFAIR = "only clips that it was not trained on test it fairly"
+
+
+def same_classes(one: Sequence[str], other: Sequence[str]) -> bool:
+    """Whether they mean the same, however they are spelled: Suprised is Surprised."""
+    return [emotion_of(label) or label for label in one] == [emotion_of(label) or label for label in other]
 
 
 def load_init(path: Path, cfg: Config, labels: Sequence[str]) -> Checkpoint:
@@ -992,12 +999,10 @@ def load_init(path: Path, cfg: Config, labels: Sequence[str]) -> Checkpoint:
     wanted += [f"--ensemble {n_networks}"] * (cfg.ensemble > n_networks)
     if wanted:
         raise UserError(f"what shapes the networks must be as in {path}: pass {' '.join(wanted)}")
-    if checkpoint.labels != labels:
+    if not same_classes(checkpoint.labels, labels):
         classes = f"{', '.join(labels)}, not as in {path} {', '.join(checkpoint.labels)}"
         note(f"note: classes {classes}: starts with a new last layer")
-    fields = ("split", "val_fraction", "test_fraction", "seed")
-    if any(getattr(theirs, name) != getattr(cfg, name) for name in fields):
-        note(f"warning: {path} was trained on another split: {WORTHLESS}")
+    note(f"note: starts from {path}: {UNFAIR}")
     return checkpoint
 
 
@@ -1013,6 +1018,7 @@ def evaluate_folder(cfg: Config, folder: str, *, is_named: bool) -> None:
     note(f"model: {path}, {checkpoint.summary}")
     home, place = Path(cfg.run_dir), Path(folder).resolve()
     own = {name: getattr(cfg, name) for name in RUNTIME_FIELDS} | {"checkpoint": str(path)}
+    own |= {name: getattr(cfg, name) for name in ("labels_from", "extra_labels")}
     own |= {"data_dir": folder, "run_dir": str(home / f"evaluate_{place.name}")}
     cfg = replace(checkpoint.config, **own)
     found = load_corpus(cfg, model.mfcc)
@@ -1025,7 +1031,7 @@ def evaluate_folder(cfg: Config, folder: str, *, is_named: bool) -> None:
         raise UserError(f"{classes}: none in common")
     if len(clips) < len(found):
         note(f"note: {len(found) - len(clips)} clips left out: {classes}")
-    about = f"{len(clips):,} of {len(found):,} clips of {folder}; {WORTHLESS}"
+    about = f"{len(clips):,} of {len(found):,} clips of {folder}; {UNFAIR}"
     with contextlib.suppress(OSError, ValueError, LookupError):  # the run may be elsewhere, or of long ago
         earlier = json.loads((home / "run.json").read_text())
         if earlier["run"] == checkpoint.run and Path(earlier["data_dir"]).resolve() == place:
@@ -1045,6 +1051,8 @@ def read_run(folder: str) -> tuple[dict[str, Any], pd.DataFrame]:
         metrics = json.loads(Path(folder, "metrics.json").read_text())
         table = pd.read_csv(Path(folder, "predictions.csv"), **as_they_are)
         table.index = pd.Index([str(Path(path).resolve()) for path in table.path])
+        for column in ("emotion", "predicted"):  # Suprised is Surprised
+            table[column] = [emotion_of(label) or label for label in table[column]]
         numbers = [column for column in table if column.startswith("p(")]
         table["confidence"] = table[numbers].astype(float).max(axis=1)
         if "val" in metrics and "test" not in metrics:
@@ -1060,6 +1068,8 @@ def compare(one: str, other: str) -> None:
     Raises:
         UserError: One is no finished run, or they have no clip in common.
     """
+    if Path(one).resolve() == Path(other).resolve():
+        raise UserError(f"--compare needs two runs, not {one} twice")
     (mine, a), (theirs, b) = read_run(one), read_run(other)
     settings = pd.DataFrame({one: pd.Series(mine, dtype=object), other: pd.Series(theirs, dtype=object)})
     settings = settings.drop(["run_dir", "cache_dir", "checkpoint", "submission"], errors="ignore")
@@ -1097,8 +1107,10 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
         compare(*flags.compare)
         return 0
     if flags.evaluate is not None:
-        refuse_others(flags, "evaluate", RUNTIME_FIELDS - {"data_dir", "submission"})
-        evaluate_folder(cfg, flags.evaluate, is_named=bool({"checkpoint", "run_dir"} & vars(flags).keys()))
+        about_labels = {"labels_from", "extra_labels"}
+        refuse_others(flags, "evaluate", (RUNTIME_FIELDS - {"data_dir", "submission"}) | about_labels)
+        is_named = flags.demo or bool({"checkpoint", "run_dir"} & vars(flags).keys())
+        evaluate_folder(cfg, flags.evaluate, is_named=is_named)
         return 0
     if flags.folds == 1 or flags.folds < 0:
         raise UserError(f"folds = {flags.folds}: must be 0 or at least 2")
@@ -1120,8 +1132,9 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
         broadcast([None])  # the others wait for the demo corpus
         mfcc = MFCC(mfcc_constants(cfg), cfg.hop_length)
         clips, init = load_corpus(cfg, mfcc), None
-        if flags.init and not flags.resume:  # a run that is resumed has kept its own
-            init = load_init(Path(flags.init), cfg, sorted(set(clips.emotion)))
+        start = init_file(cfg) if flags.resume else Path(flags.init or "")  # a resumed run has its own
+        if start.is_file() or (flags.init and not flags.resume):
+            init = load_init(start, cfg, sorted(set(clips.emotion)))
         if flags.folds:
             cross_validate(cfg, mfcc, clips, flags.folds, resume=flags.resume, init=init)
         else:

@@ -3,12 +3,14 @@
     python tests/robustness.py best_emotion_model.pth --data_dir data/dataset
 
 takes the test part of the model's own split, makes every condition from these clips (with fixed seeds, as
-files that go the way of any other file), and prints a row per condition.
+files that go the way of any other file), and prints a row per condition. Not for models of
+--folds, whose test part is another one.
 """
 
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,7 +28,7 @@ sys.path.insert(0, str(REPO))
 
 from config import Config, UserError, make_parser, parse, run
 from inference import Recognizer
-from model import split
+from model import load_checkpoint, split
 from prepare import AudioError, FloatArray, load_corpus
 from train import calibration_error
 
@@ -193,8 +195,10 @@ def describe(judged: pd.DataFrame, clean: pd.DataFrame, emotions: "pd.Series[str
 def main(cfg: Config, flags: Any) -> int:
     """Print the tables."""
     recognizer = Recognizer(flags.model, device=cfg.device, num_workers=cfg.num_workers)
-    clips = load_corpus(cfg, recognizer.models[0].mfcc)
-    clips["part"] = split(clips, recognizer.cfg)
+    places = {name: getattr(cfg, name) for name in ("data_dir", "cache_dir", "num_workers")}
+    own = replace(recognizer.cfg, **places)  # what the model was trained with, or the split would be another
+    clips = load_corpus(own, load_checkpoint(Path(flags.model))[1].mfcc)
+    clips["part"] = split(clips, own)
     test = clips[clips.part == "test"].reset_index(drop=True)
     if not len(test):
         raise UserError(f"{flags.model} was trained on all clips: none is left to test on")
