@@ -167,6 +167,8 @@ class Recognizer:
         """
         self._check_step(step)
         several: list[Any] = [*clips] if isinstance(clips, list | tuple) else [clips]
+        if odd := [clip for clip in several if not isinstance(clip, str | Path | np.ndarray)]:
+            raise AudioError(f"{type(odd[0]).__name__}: a clip is a path, or samples as a NumPy array")
         results: list[Prediction | AudioError] = []
         for start in range(0, len(several), CHUNK):
             chunk = several[start : start + CHUNK]
@@ -347,7 +349,7 @@ def report_odd(results: Mapping[str, Prediction | AudioError]) -> int:
     report_files(failures, "skipped", most=len(failures))
     if n_far := sum(getattr(result, "distance", 0) > 1 for result in results.values()):
         note(
-            f"note: {n_far} of {len(results)} recordings are unlike the training data (distance above 1): "
+            f"note: recordings unlike the training data (distance above 1): {n_far} of {len(results)}: "
             "another microphone or level, noise, music, no speech; their labels deserve less trust"
         )
     return len(failures)
@@ -422,8 +424,8 @@ def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: C
         for row in to_timeline_rows(name, result.timeline, recognizer.labels, abstain=flags.abstain):
             writer.write(row)
         path = picture_path(name, cfg, pictures)
-        save_figure(path, partial(plot_timeline, result.timeline, recognizer.labels, name))
-        note(f"picture of {name}: {path}")
+        if save_figure(path, partial(plot_timeline, result.timeline, recognizer.labels, name)):
+            note(f"picture of {name}: {path}")
     if flags.output:
         save_file(Path(flags.output), stream.getvalue().encode())
         print(printable(f"{writer.n_rows} rows in {flags.output}"))

@@ -555,12 +555,17 @@ def save_file(path: Path, content: bytes) -> None:
         raise OSError(error.errno, error.strerror or str(error), str(path)) from None
 
 
-def save_view(path: Path, make: Callable[[], bytes]) -> None:
-    """Write what is only to look at; whatever goes wrong is a warning, since the model is worth more."""
+def save_view(path: Path, make: Callable[[], bytes]) -> bool:
+    """Write what is only to look at, and say whether that went well.
+
+    Whatever goes wrong is a warning, since the model, or the rows, are worth more.
+    """
     try:
         save_file(path, make())
     except Exception as error:
         note(f"warning: {path} not made: {error}")
+        return False
+    return True
 
 
 # Colours that the colour-blind can tell apart (Okabe & Ito 2008, Color Universal Design).
@@ -576,7 +581,7 @@ STYLE: Any = {
 }
 
 
-def save_figure(path: Path, draw: Callable[[], Any]) -> None:
+def save_figure(path: Path, draw: Callable[[], Any]) -> bool:
     """Draw a figure and write it as PNG, as save_view does."""
 
     def make() -> bytes:
@@ -588,7 +593,7 @@ def save_figure(path: Path, draw: Callable[[], Any]) -> None:
             draw().savefig(buffer, format="png", dpi=150)
         return buffer.getvalue()
 
-    save_view(path, make)
+    return save_view(path, make)
 
 
 # ---- checkpoint ------------------------------------------------------------------------------------------

@@ -150,9 +150,8 @@ def find_clips(cfg: Config) -> pd.DataFrame:
     clips["left_out"] = _leave_out(clips, cfg)
     _explain(clips)
     if (clips.left_out != "").all():
-        raise UserError(
-            f"no clips in {root}: expected one folder per emotion with {' '.join(sorted(AUDIO_SUFFIXES))}"
-        )
+        suffixes = " ".join(sorted(AUDIO_SUFFIXES | FOREIGN_SUFFIXES))
+        raise UserError(f"no clips in {root}: expected one folder per emotion with {suffixes}")
     return clips[["path", "emotion", "corpus", "speaker", "code", "left_out"]]
 
 
@@ -496,7 +495,7 @@ def _open_array(samples: npt.NDArray[Any], rate: float | None) -> Iterator[Sourc
         raise AudioError(f"samples of {array.dtype}: must be float in [-1, 1], int16 or int32")
     if array.ndim not in {1, 2} or (array.ndim == 2 and 0 < len(array) < array.shape[1]):
         raise AudioError(f"samples of shape {array.shape}: must be (n,) or (n, channels), channels last")
-    if rate is None or rate % 1:  # NaN too
+    if not isinstance(rate, int | float | np.number) or rate % 1:  # NaN too
         raise AudioError(f"rate = {rate}: an array needs its sampling rate, a whole number of Hz")
     scale = np.float32({"i2": 2.0**-15, "i4": 2.0**-31}.get(kind, 1.0))
     columns, place = array if array.ndim == 2 else array[:, None], 0

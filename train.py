@@ -84,6 +84,7 @@ from prepare import (
     MFCC,
     FeatureCache,
     FloatArray,
+    clip_name,
     emotion_of,
     load_corpus,
     make_demo,
@@ -1041,7 +1042,7 @@ def evaluate_folder(cfg: Config, folder: str, *, is_named: bool) -> None:
 
 
 def read_run(folder: str) -> tuple[dict[str, Any], pd.DataFrame]:
-    """Settings and predictions of a finished run, the latter by the place of the file.
+    """Settings and predictions of a finished run, the latter by the place or name of the file.
 
     Raises:
         UserError: The folder does not hold them.
@@ -1050,7 +1051,10 @@ def read_run(folder: str) -> tuple[dict[str, Any], pd.DataFrame]:
     try:
         metrics = json.loads(Path(folder, "metrics.json").read_text())
         table = pd.read_csv(Path(folder, "predictions.csv"), **as_they_are)
-        table.index = pd.Index([str(Path(path).resolve()) for path in table.path])
+        # The clips of the common corpora are known by name, wherever they lie.
+        places = zip(table.path, table.corpus, strict=True)
+        keys = [str(Path(p).resolve()) if corpus == "other" else clip_name(p) for p, corpus in places]
+        table.index = pd.Index(keys)
         for column in ("emotion", "predicted"):  # Suprised is Surprised
             table[column] = [emotion_of(label) or label for label in table[column]]
         numbers = [column for column in table if column.startswith("p(")]
