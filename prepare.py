@@ -415,7 +415,7 @@ class Recording:
     def __init__(self, source: Clip, cfg: Config, *, rate: float | None = None, step: float = 0.0) -> None:
         self.source, self.cfg, self.rate, self.step = source, cfg, rate, step
         self.seconds = 0.0  # of the audio in the windows so far; the latest window ends there
-        self.envelope: list[FloatArray] = []  # magnitudes so far, ENVELOPE_RATE a second
+        self.envelope: list[FloatArray] = []  # with a step: magnitudes so far, ENVELOPE_RATE a second
         self._low, self._high, self._broken = math.inf, -math.inf, ""
 
     @property
@@ -481,8 +481,9 @@ class Recording:
                 if not (math.isfinite(low) and math.isfinite(high)):
                     raise AudioError("holds NaN or infinite samples")
                 self._low, self._high = min(self._low, low), max(self._high, high)
-                places = np.arange(0, len(wave), rate / ENVELOPE_RATE).astype(int)
-                self.envelope.append(np.maximum.reduceat(np.abs(wave), places))
+                if self.step:
+                    places = np.arange(0, len(wave), rate / ENVELOPE_RATE).astype(int)
+                    self.envelope.append(np.maximum.reduceat(np.abs(wave), places))
             yield wave if rate == self.cfg.sample_rate else resampler.resample_chunk(wave, last=is_last)
 
 

@@ -475,7 +475,7 @@ def train(
             note("stopped: the same command with --resume goes on after the last finished epoch")
         raise
     if not bar.n:
-        note(f"note: nothing was left to train: a new run --init {cfg.checkpoint} trains the model further")
+        note(f"note: nothing was left to train: for more, start a new run with --init {cfg.checkpoint}")
     collected = collect(cfg, tables, mfcc, run_id) if rank() == 0 else None
     return report(cfg, clips, *collected, about) if collected else pd.DataFrame()
 

@@ -495,6 +495,37 @@ def test_bundled_model_labels_where_there_is_no_other(clips: Path, capsys: Captu
     assert sum(map(float, row.split(",")[5:])) == pytest.approx(1, abs=1e-3)
 
 
+def test_test_folder_is_labelled_by_the_bundled_model_for_it(clips: Path, capsys: Capture) -> None:
+    assert clips.is_dir()
+    Path("best_emotion_model.pth").unlink()
+    assert label() == 0
+    assert f"model: {PRETRAINED['same']}, " in capsys.readouterr().err
+
+
+def test_noise_is_far_and_gets_no_label_where_we_may_abstain(home: Path, capsys: Capture) -> None:
+    """Nor much confidence; a clip like those of training keeps its label."""
+    write_clip(home / "sad.wav", "Sad")
+    noise = 0.3 * np.random.default_rng(0).normal(size=RATE // 2)
+    soundfile.write(home / "noise.wav", noise, RATE)
+    assert label("noise.wav", "sad.wav") == 0
+    plain = printed(capsys.readouterr().out)
+    assert label("noise.wav", "sad.wav", abstain=True) == 0
+    output = capsys.readouterr()
+    table = printed(output.out)
+    assert table.distance[0] > 1 >= table.distance[1]
+    assert table.emotion.tolist() == ["", "Sad"]
+    assert (table.drop(columns="emotion") == plain.drop(columns="emotion")).all(axis=None)
+    assert plain.emotion[0] in EMOTIONS
+    assert "distance above 1): 1 of 2" in output.err
+
+
+def test_confidence_falls_beyond_the_limit(trained: Trained) -> None:
+    _, model = load_checkpoint(Path(trained.cfg.checkpoint))
+    judged = torch.tensor([[0.8, 0.1, 0.1, distance] for distance in (0.0, 1.0, 1.5, 3.0, 9.0)])
+    first = model.confident(judged)[:, 0].tolist()
+    assert first[0] == first[1] > first[2] > first[3] == first[4] > 1 / 3
+
+
 def test_reader_that_leaves_early_is_no_fault(clips: Path, home: Path) -> None:
     """As in `python inference.py clips | head -1`: no traceback, not even as the interpreter ends."""
     for number in range(40):

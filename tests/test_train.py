@@ -29,6 +29,8 @@ from model import PRETRAINED, load_checkpoint, load_tensors
 from prepare import MFCC, AudioError, ClipFeatures, FeatureCache
 from tests.conftest import (
     EMOTIONS,
+    PITCH,
+    RATE,
     ROOT,
     Trained,
     flags,
@@ -38,6 +40,7 @@ from tests.conftest import (
     run_unread,
     script_command,
     tiny_config,
+    tone,
 )
 from train import bootstrap, class_weights, describe_scores, fit, make_average, score
 
@@ -573,6 +576,23 @@ def test_evaluate_scores_a_model_on_any_labelled_folder(
     ).read_text()
     assert script(copied, evaluate=copied.data_dir) == 0
     assert f"it was trained on clips of {copied.data_dir}" in capsys.readouterr().out
+
+
+def test_model_for_any_recordings_hears_no_level(tmp_path: Path, corpus: Path) -> None:
+    """The same clip 12 dB quieter is the same to it, as it is not to the default."""
+    noise = 0.05 * np.random.default_rng(0).normal(size=RATE // 2).astype(np.float32)
+    clip = tone(PITCH["Sad"]) + noise
+    learns = {"gru_hidden": 8, "epochs": 4, "min_steps": 24, "learning_rate": 1e-2, "ema_decay": 0.9}
+    differ = {}
+    for recordings in ("same", "any"):
+        cfg = tiny_config(tmp_path / recordings, data_dir=str(corpus), recordings=recordings, **learns)
+        assert script(cfg) == 0
+        recognizer = Recognizer(cfg.checkpoint, device="cpu")
+        loud, quiet = recognizer.predict([clip, clip / 4], RATE)
+        assert (loud.distance == pytest.approx(quiet.distance, abs=1e-3)) == (recordings == "any")
+        one, other = (np.array([*found.probabilities.values()]) for found in (loud, quiet))
+        differ[recordings] = np.abs(one - other).max()
+    assert differ["any"] < 1e-3 < differ["same"]
 
 
 @pytest.mark.parametrize(
