@@ -268,10 +268,9 @@ def _explain(argument: str, parser: argparse.ArgumentParser) -> str:
     """Say what is wrong with an argument that the parser does not know, with the likeliest right one."""
     name = argument.partition("=")[0].removeprefix("--")
     flags = [option.removeprefix("--") for option in parser._option_string_actions]
-    if name in RUNTIME_FIELDS:
-        return f"--{name} has no effect on this script"
     if name in Config.__dataclass_fields__:
-        return f"--{name} is part of the checkpoint and cannot be changed after training"
+        why = "" if name in RUNTIME_FIELDS else ": what it sets is settled when train.py runs"
+        return f"--{name} has no effect on this script{why}"
     initials = {"".join(word[0] for word in flag.split("_")): flag for flag in flags if "_" in flag}
     hint = next(iter([*filter(None, [initials.get(name)]), *difflib.get_close_matches(name, flags)]), "")
     return f"unknown argument {argument}" + (f": did you mean --{hint}?" if hint else "")

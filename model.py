@@ -640,7 +640,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UserError(
-            f"no checkpoint {path}: train one with `python train.py`, or name one with --checkpoint"
+            f"no checkpoint {path}: train one with `python train.py`, or name one that is there"
         )
     try:
         with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not look at them

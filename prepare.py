@@ -7,8 +7,13 @@ fills the cache and prints how many clips and minutes there are of each class.
 
 from config import Config, UserError, make_parser, note, parse, printable, run
 
+# The settings that this script needs.
+FIELDS = frozenset(
+    "data_dir test_dir cache_dir manifest labels_from extra_labels num_workers "
+    "sample_rate duration max_windows n_mfcc n_fft hop_length n_mels".split()
+)
 if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imports
-    ARGS = parse(make_parser(__doc__))
+    ARGS = parse(make_parser(__doc__, FIELDS))
 
 import contextlib
 import hashlib

@@ -151,7 +151,8 @@ def test_run_of_its_own_folder_keeps_its_model_there(argv: list[str], checkpoint
     [
         ("prepare.py", "--help_me", "unknown argument --help_me"),
         ("train.py", "--fill=Sad", "unknown argument --fill"),
-        ("inference.py", "--n_mfcc=20", "--n_mfcc is part of the checkpoint and cannot be changed"),
+        ("inference.py", "--n_mfcc=20", "--n_mfcc has no effect on this script: what it sets is"),
+        ("prepare.py", "--learning_rate=1", "--learning_rate has no effect on this script: what"),
         ("inference.py", "--cache_dir=x", "--cache_dir has no effect on this script"),
     ],
 )
@@ -165,7 +166,7 @@ def test_help_and_bad_flags_are_answered_before_slow_imports(
     assert (answer.returncode, answer.stderr) == (0, "")
     shown = " ".join(answer.stdout.split())
     assert f"none but this one [{Config().num_workers}]" in shown  # a comment of config.py, and the default
-    assert ("--dropout FLOAT probability" in shown) == (script != "inference.py")
+    assert ("--dropout FLOAT probability" in shown) == (script == "train.py")
     answer = run_script(script, bad, cwd=tmp_path, env=env)
     assert (answer.returncode, answer.stdout, answer.stderr.count("\n")) == (2, "", 1)
     assert answer.stderr.startswith(f"error: {reason}")
