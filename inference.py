@@ -63,7 +63,6 @@ from prepare import (
     AUDIO_SUFFIXES,
     CHUNK,
     ENVELOPE_RATE,
-    FOREIGN_SUFFIXES,
     AudioError,
     Clip,
     FloatArray,
@@ -573,7 +572,7 @@ def check_flags(flags: Any) -> None:  # noqa: ANN401 - argparse.Namespace
         if getattr(flags, name, "") and not flags.timeline:
             raise UserError(f"--{name} is for --timeline: leave it out, or add --timeline")
     output = Path(flags.output)
-    odd = AUDIO_SUFFIXES | FOREIGN_SUFFIXES | {".pth"}
+    odd = AUDIO_SUFFIXES | {".pth"}
     if flags.output and (output.is_dir() or output.suffix.lower() in odd):
         raise UserError(f"output = {flags.output!r}: must be a file for rows: no folder, audio or model")
 

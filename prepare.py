@@ -7,13 +7,12 @@ fills the cache and prints how many clips and minutes there are of each class.
 
 from config import Config, UserError, make_parser, note, parse, printable, run
 
-# The settings that this script needs.
-FIELDS = frozenset(
-    "data_dir test_dir cache_dir manifest labels_from extra_labels num_workers "
-    "sample_rate duration max_windows n_mfcc n_fft hop_length n_mels".split()
-)
 if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imports
-    ARGS = parse(make_parser(__doc__, FIELDS))
+    needed = (
+        "data_dir test_dir cache_dir manifest labels_from extra_labels num_workers "
+        "sample_rate duration max_windows n_mfcc n_fft hop_length n_mels"
+    )
+    ARGS = parse(make_parser(__doc__, needed.split()))
 
 import contextlib
 import hashlib
@@ -22,18 +21,15 @@ import math
 import multiprocessing
 import os
 import re
-import shlex
 import shutil
 import signal
 import sqlite3
 import stat
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
-import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -55,9 +51,10 @@ FloatArray: TypeAlias = npt.NDArray[np.float32]
 
 # ---- the table of clips ----------------------------------------------------------------------------------
 
-AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".ogg", ".opus", ".mp3", ".aiff", ".aif", ".au", ".caf"})
-# Formats that libsndfile cannot read, but ffmpeg can.
-FOREIGN_SUFFIXES = frozenset({".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr", ".3gp"})
+# What libsndfile reads, and what ffmpeg does besides.
+AUDIO_SUFFIXES = frozenset(
+    ".wav .flac .ogg .opus .mp3 .aiff .aif .au .caf .m4a .mp4 .aac .wma .webm .amr .3gp".split()
+)
 
 # What the emotions are called: in words, as TESS and folders do, and in the codes of CREMA-D, RAVDESS, SAVEE
 # and EmoDB, no two of which contradict each other.
@@ -76,29 +73,21 @@ EXTRA_LABELS = frozenset({"Calm", "Bored"})  # that few corpora have
 _BY_CODE = {name: emotion for emotion, names in _NAMES.items() for name in names.split()}
 _BY_WORD = {name.lower(): emotion for name, emotion in _BY_CODE.items() if len(name) > 2}
 
-
-class _Corpus(NamedTuple):
-    """How a common corpus names its files, and what is in it when it is whole."""
-
-    convention: str  # groups are speaker and emotion code, in any order
-    clips: int
-    emotions: int
-    speakers: int
-
-
+# How the common corpora name their files.
 _CORPORA = {
-    "CREMA-D": _Corpus(
-        r"(?P<speaker>1\d{3})_[A-Z]{3}_(?P<code>ANG|DIS|FEA|HAP|NEU|SAD)_(?:LO|MD|HI|XX?)", 7442, 6, 91
-    ),
-    "RAVDESS speech": _Corpus(r"03-01-(?P<code>0[1-8])-\d\d-\d\d-\d\d-(?P<speaker>\d\d)", 1440, 8, 24),
-    "RAVDESS song": _Corpus(r"03-02-(?P<code>0[1-8])-\d\d-\d\d-\d\d-(?P<speaker>\d\d)", 1012, 6, 23),
-    "SAVEE": _Corpus(r"(?P<speaker>DC|JE|JK|KL)_(?P<code>sa|su|a|d|f|h|n)\d\d", 480, 7, 4),
-    "EmoDB": _Corpus(r"(?P<speaker>\d\d)[ab]\d\d(?P<code>[AEFLNTW])[a-f]?", 535, 7, 10),
-    "TESS": _Corpus(
-        r"(?P<speaker>OA|YA)F?_[a-z]+_(?P<code>angry|disgust|fear|happy|neutral|ps|sad)", 2800, 7, 2
-    ),
-    "demo": _Corpus(r"(?P<code>[a-z]+)_speaker(?P<speaker>\d+)_\d+", 630, 7, 10),
+    "CREMA-D": r"(?P<speaker>1\d{3})_[A-Z]{3}_(?P<code>ANG|DIS|FEA|HAP|NEU|SAD)_(?:LO|MD|HI|XX?)",
+    "RAVDESS speech": r"03-01-(?P<code>0[1-8])-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",
+    "RAVDESS song": r"03-02-(?P<code>0[1-8])-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",
+    "SAVEE": r"(?P<speaker>DC|JE|JK|KL)_(?P<code>sa|su|a|d|f|h|n)\d\d",
+    "EmoDB": r"(?P<speaker>\d\d)[ab]\d\d(?P<code>[AEFLNTW])[a-f]?",
+    "TESS": r"(?P<speaker>OA|YA)F?_[a-z]+_(?P<code>angry|disgust|fear|happy|neutral|ps|sad)",
+    "demo": r"(?P<code>[a-z]+)_speaker(?P<speaker>\d+)_\d+",
 }
+
+
+def is_audio(name: str) -> bool:
+    """Whether a file of that name is to be read: neither hidden nor of another kind."""
+    return not name.startswith(".") and Path(name).suffix.lower() in AUDIO_SUFFIXES
 
 
 def find_audio(folder: Path) -> list[Path]:
@@ -114,21 +103,21 @@ def find_audio(folder: Path) -> list[Path]:
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, onerror=stop):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        found += [Path(parent, name) for name in files if not name.startswith(".")]
-    return sorted(path for path in found if path.suffix.lower() in AUDIO_SUFFIXES | FOREIGN_SUFFIXES)
+        found += [Path(parent, name) for name in files if is_audio(name)]
+    return sorted(found)
 
 
 def find_clips(cfg: Config) -> pd.DataFrame:
     """All clips in the data folder, sorted by clip_name, with what is understood of each.
 
     A clip's label is what the manifest says, else the name of its top folder. File names decide instead where
-    most of those below a folder fit the convention of a corpus and disagree with the folder. Labels of one
+    most of those below a folder fit the convention of a corpus and tell something else. Labels of one
     meaning become one class, spelled as most folders do. Copies of a clip of a corpus are recognised by name.
 
     Returns:
-        Columns path, emotion, corpus ("other" where no convention fits), speaker and code ("" where the name
-        does not tell) and left_out: "" for a clip to use, else no label, extra label or copy. The actors of
-        RAVDESS both speak and sing: one speaker in both parts.
+        Columns path, emotion, corpus ("other" where no convention fits), speaker ("" where the name does not
+        tell) and left_out: "" for a clip to use, else no label, extra label or copy. The actors of RAVDESS
+        both speak and sing: one speaker in both parts.
 
     Raises:
         UserError: There is no data folder, no clip, a bad manifest, or the folders are no emotions.
@@ -138,45 +127,44 @@ def find_clips(cfg: Config) -> pd.DataFrame:
         raise UserError(
             f"no data folder {root}: give --data_dir a folder of clips per emotion, or try --demo"
         )
-    manifest: dict[str, Told] = {}
+    manifest = pd.DataFrame(columns=["emotion", "speaker"])
     if cfg.manifest or (root / "manifest.csv").is_file():
         manifest = read_manifest(Path(cfg.manifest or root / "manifest.csv"), root)
-    clips = _list_clips(cfg, [path for path, told in manifest.items() if told.emotion])
-    told = [manifest.get(path, Told("", "")) for path in clips.path]
-    clips["speaker"] = [row.speaker or speaker for row, speaker in zip(told, clips.speaker, strict=True)]
-    clips["label"] = pd.Series([row.emotion for row in told], dtype=object)
-    clips["by_name"] = _label(clips, cfg)
-    clips["emotion"] = _spell(clips)
+    clips = _list_clips(cfg, manifest.index[manifest.emotion != ""])
+    told = manifest.reindex(clips.path, fill_value="").reset_index(drop=True)
+    clips["speaker"] = clips.speaker.where(told.speaker == "", told.speaker)
+    clips["by_name"] = _names_decide(clips, told.emotion, cfg)
+    _check_folders(clips[told.emotion == ""], root)
+    label = clips.emotion.where(clips.by_name, clips.folder).where(told.emotion == "", told.emotion)
+    clips["emotion"] = _spell(label, clips.by_name)
     for emotion in sorted(set(clips.emotion)):
         check_csv_name(emotion)
     # By name: the same clips in other folders come in the same order, and so in the same parts.
-    order = sorted(zip(map(clip_name, clips.path), clips.emotion, clips.path, clips.index, strict=True))
-    clips = clips.loc[[row[-1] for row in order]].reset_index(drop=True)
+    clips["name"] = list(map(clip_name, clips.path))
+    clips = clips.sort_values(["name", "emotion", "path"], ignore_index=True)
     clips["left_out"] = _leave_out(clips, cfg)
     _explain(clips)
     if (clips.left_out != "").all():
-        suffixes = " ".join(sorted(AUDIO_SUFFIXES | FOREIGN_SUFFIXES))
+        suffixes = " ".join(sorted(AUDIO_SUFFIXES))
         raise UserError(f"no clips in {root}: expected one folder per emotion with {suffixes}")
-    return clips[["path", "emotion", "corpus", "speaker", "code", "left_out"]]
+    return clips[["path", "emotion", "corpus", "speaker", "left_out"]]
 
 
 def _list_clips(cfg: Config, listed: Iterable[str]) -> pd.DataFrame:
     """Columns path, folder (the top one, "" for none), inner (the one in it) and those of parse_names."""
-    root = Path(cfg.data_dir)
-    folders = [path for path in sorted(root.iterdir()) if path.is_dir() and _is_class(path, cfg)]
-    found = [path for folder in folders for path in find_audio(folder)]
-    files = [path for path in root.iterdir() if path.is_file() and not path.name.startswith(".")]
-    found += [path for path in files if path.suffix.lower() in AUDIO_SUFFIXES | FOREIGN_SUFFIXES]
+    root, found = Path(cfg.data_dir), list[Path]()
+    for path in sorted(root.iterdir()):
+        if not path.is_dir():
+            found += [path] * is_audio(path.name)
+        elif _is_class(path, cfg):
+            inside = find_audio(path)
+            found += inside
+            if not inside:
+                note(f"note: class folder {path} has no clips: left out")
     paths = sorted({*map(str, found), *listed})
     parents = [(*Path(path).relative_to(root).parts[:-1], "", "") for path in paths]
-    clips = pd.DataFrame({"path": paths}, dtype=object).join(parse_names(paths))
-    clips["folder"] = pd.Series([names[0] for names in parents], dtype=object)
-    clips["inner"] = pd.Series([names[1] for names in parents], dtype=object)
-    for folder in folders:
-        check_csv_name(folder.name)
-        if folder.name not in set(clips.folder):
-            note(f"note: class folder {folder} has no clips: left out")
-    return clips
+    folders = pd.DataFrame([names[:2] for names in parents], columns=["folder", "inner"], dtype=object)
+    return pd.DataFrame({"path": paths}, dtype=object).join(folders).join(parse_names(paths))
 
 
 def _is_class(folder: Path, cfg: Config) -> bool:
@@ -184,21 +172,21 @@ def _is_class(folder: Path, cfg: Config) -> bool:
     if folder.name.startswith((".", "__MACOSX")) or folder.name.lower() == "test":
         return False
     real, root = folder.resolve(), Path(cfg.data_dir).resolve()
-    return real != cfg.test_root.resolve() and real != root and real not in root.parents
+    return real != cfg.test_root.resolve() and real not in (root, *root.parents)
 
 
 def clip_name(path: str) -> str:
     """The file name that tells a clip from all others of its corpus: SAVEE's DC/a01.wav is DC_a01.wav."""
     folder, name = Path(path).parent.name, Path(path).name
     full = f"{folder}_{name}"
-    return full if re.fullmatch(_CORPORA["SAVEE"].convention, Path(full).stem) else name
+    return full if re.fullmatch(_CORPORA["SAVEE"], Path(full).stem) else name
 
 
 def parse_names(paths: Iterable[str]) -> pd.DataFrame:
     """Corpus, speaker, emotion code and emotion of each path as its name tells, in columns so called."""
     stems = pd.Series([Path(clip_name(path)).stem for path in paths], dtype=object)
     table = pd.DataFrame({"corpus": "other", "speaker": "", "code": ""}, index=stems.index, dtype=object)
-    for corpus, (convention, *_) in _CORPORA.items():
+    for corpus, convention in _CORPORA.items():
         found = stems.str.extract(f"^(?:{convention})\\Z").dropna(subset="code")
         table.loc[found.index, "corpus"] = corpus
         table.loc[found.index, "speaker"] = corpus.split()[0] + " " + found.speaker
@@ -211,20 +199,20 @@ def emotion_of(word: str) -> str:
     return _BY_WORD.get(re.sub(r"^pleasant[ _-]*", "", word.lower()), "")
 
 
-def _label(clips: pd.DataFrame, cfg: Config) -> "pd.Series[bool]":
-    """Label the clips that no manifest has labelled; returns which of them got it from their names."""
-    is_open = clips.label == ""
-    rest = clips[is_open]
-    by_name = rest.folder == ""
+def _names_decide(clips: pd.DataFrame, told: "pd.Series[str]", cfg: Config) -> "pd.Series[bool]":
+    """Which clips are labelled by their names; `told` is what the manifest says of each.
+
+    Folders named after emotions are judged together, each other folder by itself.
+    """
+    means = clips.folder.map(emotion_of)
+    by_name = clips.folder == ""
     if cfg.labels_from == "auto":
-        by_name |= _names_disagree(rest)
-    means = rest.folder.map(emotion_of).astype(object)
+        disagrees = (clips.emotion != "") & (clips.emotion != means)
+        group = clips.folder.where(means == "", "emotions/")  # no folder's name, for its slash
+        by_name |= disagrees.groupby(group).transform("mean") > 0.5
     # A folder of clips that the manifest labels is no class for the others in it.
-    by_name |= (means == "") & rest.folder.isin(clips.folder[~is_open])
-    _check_folders(rest, by_name, Path(cfg.data_dir))
-    by_name &= (rest.emotion != "") | (means == "")
-    clips.loc[is_open, "label"] = rest.emotion.where(by_name, rest.folder)
-    return by_name.reindex(clips.index, fill_value=False)
+    by_name |= (means == "") & clips.folder.isin(clips.folder[told != ""])
+    return by_name & (told == "") & ((clips.emotion != "") | (means == ""))
 
 
 # Folders of speakers (of RAVDESS, TESS), of a whole corpus, and of parts of a data set.
@@ -235,101 +223,67 @@ _NO_EMOTION = re.compile(
 )
 
 
-def _names_disagree(clips: pd.DataFrame) -> "pd.Series[bool]":
-    """Of each clip, whether most file names in its folder fit a corpus and contradict the folder.
-
-    Folders named after emotions are judged together, others by how the clips of each corpus lie in them.
-    """
-    means = clips.folder.map(emotion_of).astype(object)
-    fits = clips.emotion != ""
-    disagrees = fits & (means != "") & (means != clips.emotion)
-    for _, rows in clips[fits & (means == "")].groupby("corpus"):
-        disagrees[rows.index] = not _sorted_by_emotion(rows)
-    group = clips.folder.where(means == "", "emotions/")  # no folder's name, for its slash
-    return disagrees.groupby(group).transform("mean") > 0.5
-
-
-def _sorted_by_emotion(clips: pd.DataFrame) -> bool:
-    """Whether the folders tell the clips of a corpus apart by emotion, in classes that may be unknown."""
-    codes = pd.crosstab(clips.code, clips.folder)
-    if any(map(_NO_EMOTION.fullmatch, codes.columns)):
-        return False
-    in_one_folder = codes.max(axis=1).sum() / len(clips) * (codes.idxmax(axis=1).nunique() > 1)
-    of_one_code = codes.max(axis=0).sum() / len(clips)
-    one_speaker = clips.speaker.nunique() > 1 == clips.groupby("folder").speaker.nunique().max()
-    return bool(in_one_folder >= 0.7 or (of_one_code >= 0.7 and not one_speaker))
-
-
-def _check_folders(clips: pd.DataFrame, by_name: "pd.Series[bool]", root: Path) -> None:
+def _check_folders(clips: pd.DataFrame, root: Path) -> None:
     """Refuse folders that say who speaks, which part a clip belongs to, or that hold the class folders."""
-    is_odd = clips.folder.map(lambda name: _NO_EMOTION.fullmatch(name) is not None).astype(bool)
-    inner = clips[~(is_odd & by_name)].groupby("folder").inner
-    deeper = [str(name) for name, within in inner if len({*map(emotion_of, within)} - {""}) > 1]
-    if deeper:
-        likely = root / ("dataset" if (root / "dataset").is_dir() else deeper[0])
-        raise UserError(
-            f"the class folders are not in {root} but in {', '.join(deeper)}: pass --data_dir {likely}"
-        )
-    if odd := sorted(set(clips.folder[is_odd & ~by_name])):
-        names = ", ".join(odd[:4]) + ", ..." * (len(odd) > 4)
-        example = Path(clips.path[clips.folder == odd[0]].iloc[0]).name
-        raise UserError(
-            f"in {root} not emotions but {names}, and file names as {example} tell none: "
-            "put the clips into one folder per emotion, or list them in a --manifest"
-        )
+    for folder, rows in clips.groupby("folder"):
+        is_odd = _NO_EMOTION.fullmatch(folder) is not None
+        if is_odd and rows.by_name.all():
+            continue
+        if len({*map(emotion_of, rows.inner)} - {""}) > 1:
+            raise UserError(
+                f"the class folders are not in {root} but in {folder}: pass --data_dir {root / folder}"
+            )
+        if is_odd:
+            example = Path(rows.path[~rows.by_name].iloc[0]).name
+            raise UserError(
+                f"{folder} in {root} is no emotion, and file names as {example} tell none: "
+                "put the clips into one folder per emotion, or list them in a --manifest"
+            )
 
 
-def _spell(clips: pd.DataFrame) -> "pd.Series[str]":
+def _spell(labels: "pd.Series[str]", by_name: "pd.Series[bool]") -> "pd.Series[str]":
     """The class of each clip: labels of one meaning are one class, spelled as most folders spell it."""
-    spelling: dict[str, str] = {}
-    counts = Counter(clips.label[~clips.by_name])
-    for label in sorted(counts, key=lambda label: (-counts[label], label)):
-        first = spelling.setdefault(emotion_of(label) or label, label)
-        if first != label:
-            note(f"note: {label} and {first} are one class, {first}")
-    return clips.label.map(lambda label: spelling.get(emotion_of(label), label)).astype(object)
+    meanings = labels.map(lambda label: emotion_of(label) or label)
+    spelling = labels[~by_name].groupby(meanings).agg(lambda same: same.mode()[0])
+    classes = meanings.map(lambda meaning: spelling.get(meaning, meaning))
+    for label, name in sorted({*zip(labels[~by_name], classes[~by_name], strict=True)}):
+        if label != name:
+            note(f"note: {label} and {name} are one class, {name}")
+    return classes
 
 
 def _leave_out(clips: pd.DataFrame, cfg: Config) -> "pd.Series[str]":
     """Why each clip, sorted by name, is not used; "" if it is."""
     reason = pd.Series("", index=clips.index, dtype=object)
     if cfg.extra_labels == "drop":
-        reason[clips.by_name & clips.label.isin(EXTRA_LABELS)] = "extra label"
-    reason[clips.emotion == ""] = "no label"
-    stems = clips.assign(stem=[Path(clip_name(path)).stem for path in clips.path])
+        reason[clips.by_name & clips.emotion.isin(EXTRA_LABELS)] = "extra label"
+    stems = clips.assign(stem=[Path(name).stem for name in clips.name])
     copies = stems.duplicated(["stem", "emotion"], keep="last")  # the last is the wav beside an mp3
-    reason[copies & (clips.corpus != "other") & (reason != "no label")] = "copy"
+    reason[copies & (clips.corpus != "other")] = "copy"
+    reason[clips.emotion == ""] = "no label"
     return reason
 
 
 def _explain(clips: pd.DataFrame) -> None:
     """Note what file names were taken to mean, and what is left out."""
-    for corpus, rows in clips[clips.by_name & (clips.label != "")].groupby("corpus"):
-        used, extra = (rows[rows.left_out == reason] for reason in ("", "extra label"))
-        codes = dict(sorted(zip(used.code, used.emotion, strict=True)))
-        text = ", ".join(f"{code} = {emotion}" for code, emotion in codes.items())
-        if len(extra):
-            names = ", ".join(sorted(set(extra.emotion)))
-            text += f"; {len(extra)} clip(s) of {names} left out (--extra_labels keep takes them)"
-        instead = ", not folders (--labels_from folders)" if any(map(emotion_of, rows.folder)) else ""
-        note(f"note: {corpus}: labels from file names{instead}: {text}")
+    for corpus, rows in clips[clips.by_name & (clips.left_out == "")].groupby("corpus"):
+        codes = rows.drop_duplicates("code").sort_values("code")
+        text = ", ".join(codes.code + " = " + codes.emotion)
+        note(f"note: {corpus}: labels from file names, not folders (--labels_from folders): {text}")
     for reason, text in {
         "copy": "further copies of clips, by their names, are left out",
+        "extra label": "clip(s) of calm or boredom are left out (--extra_labels keep takes them)",
         "no label": "clip(s) in no class folder, with names that tell no emotion, are left out",
     }.items():
         if len(rows := clips[clips.left_out == reason]):
             note(f"note: {len(rows)} {text}: {rows.path.iloc[0]}")
 
 
-class Told(NamedTuple):
-    """What a manifest says of a clip; "" where it says nothing."""
-
-    emotion: str
-    speaker: str
-
-
-def read_manifest(path: Path, root: Path) -> dict[str, Told]:
+def read_manifest(path: Path, root: Path) -> pd.DataFrame:
     """What a CSV file with the columns filename, and emotion or speaker or both, says of clips below `root`.
+
+    Returns:
+        Columns emotion and speaker, "" where it says nothing, indexed by the path of the clip.
 
     Raises:
         UserError: The file cannot be understood, or a name in it leads out of `root` or to no file.
@@ -338,24 +292,21 @@ def read_manifest(path: Path, root: Path) -> dict[str, Told]:
         table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
     except (OSError, ValueError) as error:  # pandas raises kinds of ValueError for whatever is no CSV
         raise UserError(f"manifest {path}: {error}") from None
-    known = [name for name in Told._fields if name in table]
+    known = [name for name in ("emotion", "speaker") if name in table]
     if "filename" not in table or not known:
         seen = ", ".join(map(str, table.columns))
         raise UserError(f"manifest {path}: needs a header with filename and emotion or speaker, has {seen}")
-    if unused := [str(name) for name in table if name not in {"filename", *known}]:
-        note(f"note: manifest {path}: columns not used: {', '.join(unused)}")
-    manifest: dict[str, Told] = {}
-    for number, row in enumerate(table.reindex(columns=["filename", *Told._fields], fill_value="").values, 2):
-        where, name, told = f"manifest {path}, line {number}", row[0], Told(*row[1:])
-        if not (name and getattr(told, known[0])):
-            raise UserError(f"{where}: needs filename and {known[0]}")
-        clip = root / name
-        if ".." in Path(name).parts or Path(name).is_absolute() or not clip.is_file():
-            raise UserError(f"{where}: {name!r} is no file in {root}")
-        for kind, first, second in zip(Told._fields, manifest.setdefault(str(clip), told), told, strict=True):
-            if first != second:
-                raise UserError(f"{where}: {name} has two {kind}s")
-    return manifest
+    table = table[["filename", *known]].drop_duplicates()
+    for name, value in zip(table.filename, table[known[0]], strict=True):
+        if not (name and value):
+            raise UserError(f"manifest {path}: each line needs filename and {known[0]}")
+        if ".." in Path(name).parts or Path(name).is_absolute() or not (root / name).is_file():
+            raise UserError(f"manifest {path}: {name!r} is no file in {root}")
+    table.index = pd.Index([str(root / name) for name in table.filename], dtype=object)
+    if table.index.has_duplicates:
+        twice = table.index[table.index.duplicated()][0]
+        raise UserError(f"manifest {path}: says two things of {twice}")
+    return table.reindex(columns=["emotion", "speaker"], fill_value="")
 
 
 def check_csv_name(name: str) -> None:
@@ -495,16 +446,15 @@ class Recording:
 @contextlib.contextmanager
 def _open_array(samples: npt.NDArray[Any], rate: float | None) -> Iterator[Source]:
     """Samples in memory, with the numbers that a file of the same samples gives."""
-    array = np.asarray(samples)
-    kind = array.dtype.kind + str(array.dtype.itemsize)
-    if array.dtype.kind != "f" and kind not in {"i2", "i4"}:
-        raise AudioError(f"samples of {array.dtype}: must be float in [-1, 1], int16 or int32")
-    if array.ndim not in {1, 2} or (array.ndim == 2 and 0 < len(array) < array.shape[1]):
-        raise AudioError(f"samples of shape {array.shape}: must be (n,) or (n, channels), channels last")
-    if not isinstance(rate, int | float | np.number) or rate % 1:  # NaN too
-        raise AudioError(f"rate = {rate}: an array needs its sampling rate, a whole number of Hz")
-    scale = np.float32({"i2": 2.0**-15, "i4": 2.0**-31}.get(kind, 1.0))
-    columns, place = array if array.ndim == 2 else array[:, None], 0
+    kind, bits = samples.dtype.kind, 8 * samples.itemsize
+    if kind not in "fi":
+        raise AudioError(f"samples of {samples.dtype}: must be float in [-1, 1], int16 or int32")
+    if samples.ndim not in {1, 2} or (samples.ndim == 2 and 0 < len(samples) < samples.shape[1]):
+        raise AudioError(f"samples of shape {samples.shape}: must be (n,) or (n, channels), channels last")
+    if rate is None:
+        raise AudioError("an array needs its sampling rate")
+    scale = np.float32(2.0 ** (1 - bits) if kind == "i" else 1)
+    columns, place = samples if samples.ndim == 2 else samples[:, None], 0
 
     def read(n: int) -> npt.NDArray[Any]:
         nonlocal place
@@ -512,7 +462,7 @@ def _open_array(samples: npt.NDArray[Any], rate: float | None) -> Iterator[Sourc
         with np.errstate(over="ignore"):  # of float64: infinite samples are refused
             return columns[place - n : place].astype(np.float32) * scale
 
-    yield Source(int(rate), len(array), read)
+    yield Source(int(rate), len(samples), read)
 
 
 @contextlib.contextmanager
@@ -526,16 +476,17 @@ def _open_file(path: Path) -> Iterator[Source]:
     # Absolute, since "-" would be the standard input; bytes, since a name need not be UTF-8.
     name = path if sys.platform == "win32" else os.fsencode(path.absolute())
     try:
-        sound = _SoundFile(name)
+        opened = _open_sound(_SoundFile(name))
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: of a suffix .raw
         if getattr(error, "code", _UNKNOWN_FORMAT) != _UNKNOWN_FORMAT:
             raise AudioError(_reason(error)) from None
-        sound = None
-    if sound is None:
-        with _open_ffmpeg(path) as source:
-            yield source
-        return
+        opened = _open_ffmpeg(path)
+    with opened as source:
+        yield source
 
+
+@contextlib.contextmanager
+def _open_sound(sound: _SoundFile) -> Iterator[Source]:
     def read(n: int) -> npt.NDArray[Any]:
         try:
             return sound.read(n, dtype="float32", always_2d=True)  # type: ignore[no-any-return]
@@ -557,62 +508,30 @@ def _reason(error: Exception) -> str:
 
 @contextlib.contextmanager
 def _open_ffmpeg(path: Path) -> Iterator[Source]:
-    """A file as ffmpeg decodes it, into a pipe, at its own rate.
-
-    Through the pipe comes Sun's au format: a header of six numbers, then samples without end.
-    """
+    """A file as ffmpeg decodes it, at its own rate, through a pipe in Sun's au format, which has no end."""
     program = shutil.which("ffmpeg")
     if program is None:
-        copy = path.with_suffix(".wav") if path.suffix.lower() != ".wav" else path.with_suffix(".new.wav")
-        remedy = shlex.join(["ffmpeg", "-i", str(path), str(copy)])
-        raise AudioError(f"unknown format: install ffmpeg, or convert it with `{remedy}`")
-    # Local files alone: a playlist must not make it fetch others. Metadata would lengthen the header.
+        raise AudioError("unknown format: install ffmpeg, or convert it to wav")
+    # Local files alone: a playlist must not make it fetch others.
     inputs = [*"-nostdin -v quiet -protocol_whitelist file -i".split(), f"file:{path.absolute()}"]
-    outputs = "-map 0:a:0 -map_metadata -1 -c:a pcm_f32be -f au pipe:1".split()
-    pipes: Any = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    with subprocess.Popen([program, *inputs, *outputs], process_group=0, **pipes) as process:
+    command = [program, *inputs, *"-map 0:a:0 -c:a pcm_f32be -f au pipe:1".split()]
+    # In a process group of its own, or Ctrl-C would end it before we know of it.
+    with subprocess.Popen(command, stdout=subprocess.PIPE, process_group=0) as process:
+        assert process.stdout is not None
         try:
-            header = _read_pipe(process, 24)
-            magic, offset, _, encoding, rate, channels = struct.unpack(">4s5I", header.ljust(24, b"\0"))
-            if magic != b".snd" or encoding != 6 or not 24 <= offset < 2**16 or not 1 <= channels <= 256:
-                raise AudioError("ffmpeg finds no audio in it")
-            _read_pipe(process, offset - 24)
+            with _open_sound(_SoundFile(process.stdout.fileno(), closefd=False)) as source:
 
-            def read(n: int) -> npt.NDArray[Any]:
-                content = _read_pipe(process, 4 * channels * n)
-                whole = len(content) // (4 * channels) * channels
-                return np.frombuffer(content, ">f4", whole).astype(np.float32).reshape(-1, channels)
+                def read(n: int) -> npt.NDArray[Any]:
+                    samples = source.read(n)
+                    if len(samples) < n and (code := process.wait()):
+                        raise AudioError(f"ffmpeg cannot decode it (exit code {code})")
+                    return samples
 
-            yield Source(rate, 0, read)
+                yield source._replace(read=read)
+        except soundfile.SoundFileError:
+            raise AudioError("ffmpeg finds no audio in it") from None
         finally:
-            if process.poll() is None:
-                _kill(process)
-
-
-FFMPEG_PATIENCE = 30.0  # seconds that ffmpeg may take for its next half second of audio
-
-
-def _read_pipe(process: "subprocess.Popen[bytes]", size: int) -> bytes:
-    """The next bytes, fewer at the end; an AudioError if ffmpeg hangs or fails."""
-    assert process.stdout is not None
-    started, timer = time.monotonic(), threading.Timer(FFMPEG_PATIENCE, _kill, [process])
-    timer.start()
-    try:
-        content = process.stdout.read(size)
-        code = process.wait() if len(content) < size else 0
-    finally:
-        timer.cancel()
-    if time.monotonic() - started >= FFMPEG_PATIENCE:
-        raise AudioError(f"ffmpeg gave nothing for {FFMPEG_PATIENCE:.0f} s")
-    if code:
-        raise AudioError(f"ffmpeg cannot decode it (exit code {code})")
-    return content
-
-
-def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """End ffmpeg, and what it may have started, where there are process groups."""
-    with contextlib.suppress(OSError):
-        os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+            process.kill()
 
 
 # ---- features --------------------------------------------------------------------------------------------
@@ -933,7 +852,7 @@ def load_corpus(cfg: Config, mfcc: MFCC, found: pd.DataFrame | None = None) -> p
         UserError: There are no clips, too many cannot be read, or there is but one class.
     """
     found = find_clips(cfg) if found is None else found
-    found = found[found.left_out == ""].drop(columns=["code", "left_out"]).reset_index(drop=True)
+    found = found[found.left_out == ""].drop(columns="left_out").reset_index(drop=True)
     clips, failures = load_features(found, cfg, mfcc)
     report_files(failures, "skipped")
     report_files({clip.path: clip.warning for clip in clips.itertuples() if clip.warning}, "warning:")
@@ -947,46 +866,25 @@ def load_corpus(cfg: Config, mfcc: MFCC, found: pd.DataFrame | None = None) -> p
     if clips.emotion.nunique() < 2:
         raise UserError(f"only one class in {cfg.data_dir}, {clips.emotion[0]}: nothing to tell apart")
     copies = clips[clips.audio_hash.duplicated(keep=False)]
-    for _, group in itertools.islice(copies.groupby("audio_hash"), 5):
-        contradiction = " under different labels" if group.emotion.nunique() > 1 else ""
-        note(f"note: same audio{contradiction}: {', '.join(group.path)}")
+    for _, group in copies.groupby("audio_hash"):
+        if group.emotion.nunique() > 1:
+            note(f"note: same audio under different labels: {', '.join(group.path)}")
     if len(copies):
-        note(f"note: {copies.audio_hash.nunique()} group(s) of clips with the same audio, each in one part")
+        groups = f"{copies.audio_hash.nunique()} group(s) of clips with the same audio, each in one part"
+        note(f"note: {groups}: {copies.path.iloc[0]} and others")
     return clips
 
 
 def describe_corpora(found: pd.DataFrame, clips: pd.DataFrame) -> pd.DataFrame:
-    """A row per corpus: what was found (of how much, where that is known), and what became of it.
+    """A row per corpus: its speakers, and what became of the clips that find_clips found.
 
-    Args:
-        found: What find_clips gave.
-        clips: What load_corpus made of it.
+    `clips` are those that load_corpus could use.
     """
-    shared = clips.groupby("audio_hash").corpus.transform("nunique") > 1
-    doubled = clips.duplicated(["corpus", "audio_hash"], keep=False)
-    rows = {}
-    for name, files in found.groupby("corpus"):
-        whole = _CORPORA.get(str(name))
-        own = files[files.left_out != "copy"]  # each clip once
-        counts = {
-            "found": len(own),
-            "emotions": len({*(own.code if whole else own.emotion)} - {""}),
-            "speakers": len({*own.speaker} - {""}),
-        }
-        totals = whole[1:] if whole else ("", "", "")
-        row = {
-            key: f"{n} of {of}" if of else str(n) for (key, n), of in zip(counts.items(), totals, strict=True)
-        }
-        used = clips.corpus == name
-        rows[name] = row | {
-            "copies": len(files) - len(own),
-            "left out": int((own.left_out != "").sum()),
-            "unreadable": int((own.left_out == "").sum() - used.sum()),
-            "used": int(used.sum()),
-            "same audio": int((used & doubled).sum()),
-            "in other corpora": int((used & shared).sum()),
-        }
-    return pd.DataFrame(rows).T
+    used = pd.Series("unreadable", index=found.index).mask(found.path.isin(clips.path), "used")
+    table = pd.crosstab(found.corpus, found.left_out.where(found.left_out != "", used))
+    speakers = found[found.speaker != ""].groupby("corpus").speaker.nunique()
+    table.insert(0, "speakers", speakers.reindex(table.index, fill_value=0))
+    return table.rename_axis(index=None, columns=None)
 
 
 def report_files(reasons: Mapping[str, str], verb: str, *, most: int = 20) -> None:
