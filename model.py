@@ -639,9 +639,7 @@ def load_tensors(path: Path) -> dict[str, Any]:
         UserError: There is no such file, or it is damaged, or not one of ours.
     """
     if not path.is_file():
-        raise UserError(
-            f"no checkpoint {path}: train one with `python train.py`, or name one that is there"
-        )
+        raise UserError(f"no checkpoint {path}: train one with `python train.py`, or name one that is there")
     try:
         with zipfile.ZipFile(path) as archive:  # torch writes checksums, but does not look at them
             damaged = archive.testzip()

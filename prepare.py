@@ -85,9 +85,14 @@ _CORPORA = {
 }
 
 
+def is_visible(name: str) -> bool:
+    """Whether a file or folder of that name is neither hidden nor junk of a Mac."""
+    return not name.startswith((".", "__MACOSX"))
+
+
 def is_audio(name: str) -> bool:
-    """Whether a file of that name is to be read: neither hidden nor of another kind."""
-    return not name.startswith(".") and Path(name).suffix.lower() in AUDIO_SUFFIXES
+    """Whether a file of that name is a clip."""
+    return is_visible(name) and Path(name).suffix.lower() in AUDIO_SUFFIXES
 
 
 def find_audio(folder: Path) -> list[Path]:
@@ -102,7 +107,7 @@ def find_audio(folder: Path) -> list[Path]:
 
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, onerror=stop):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
+        folders[:] = filter(is_visible, folders)
         found += [Path(parent, name) for name in files if is_audio(name)]
     return sorted(found)
 
@@ -156,7 +161,9 @@ def _list_clips(cfg: Config, listed: Iterable[str]) -> pd.DataFrame:
     for path in sorted(root.iterdir()):
         if not path.is_dir():
             found += [path] * is_audio(path.name)
-        elif _is_class(path, cfg):
+        elif path.name.lower() == "test" or path.resolve() == cfg.test_root.resolve():
+            continue  # clips to label
+        elif is_visible(path.name):
             inside = find_audio(path)
             found += inside
             if not inside:
@@ -165,14 +172,6 @@ def _list_clips(cfg: Config, listed: Iterable[str]) -> pd.DataFrame:
     parents = [(*Path(path).relative_to(root).parts[:-1], "", "") for path in paths]
     folders = pd.DataFrame([names[:2] for names in parents], columns=["folder", "inner"], dtype=object)
     return pd.DataFrame({"path": paths}, dtype=object).join(folders).join(parse_names(paths))
-
-
-def _is_class(folder: Path, cfg: Config) -> bool:
-    """Whether a folder in data_dir is a class: not the test folder, hidden, junk, or a link upwards."""
-    if folder.name.startswith((".", "__MACOSX")) or folder.name.lower() == "test":
-        return False
-    real, root = folder.resolve(), Path(cfg.data_dir).resolve()
-    return real != cfg.test_root.resolve() and real not in (root, *root.parents)
 
 
 def clip_name(path: str) -> str:
@@ -619,27 +618,27 @@ def map_files(work: Work, paths: Sequence[str], cfg: Config) -> Generator[Any, N
         for chunk in chunks:
             yield from work(chunk)
         return
+    # A forked worker starts at once; elsewhere than on Linux forking is not safe.
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    alone = False  # whether the next chunk is tried by itself, since one of several killed its worker
     while chunks:
-        pool, ahead = _make_pool(n_workers, work), deque[Future[list[Any]]]()
+        pool = ProcessPoolExecutor(n_workers, context, initializer=_start_worker, initargs=(work,))
+        ahead = deque[Future[list[Any]]]()
         try:
             while chunks:
-                for chunk in itertools.islice(chunks, len(ahead), 2 * n_workers):
+                for chunk in itertools.islice(chunks, len(ahead), 1 if alone else 2 * n_workers):
                     ahead.append(pool.submit(_call_work, chunk))
                 results = ahead.popleft().result()
                 chunks.popleft()
                 yield from results
-        except BrokenProcessPool:  # a chunk killed its worker: the first by itself, then the rest once more
-            yield from _map_alone(work, chunks.popleft())
+                alone = False
+        except BrokenProcessPool:
+            if alone:
+                lost = AudioError("this file, or one read with it, crashed the audio decoder")
+                yield from [lost] * len(chunks.popleft())
+            alone = not alone
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def _map_alone(work: Work, chunk: Sequence[str]) -> list[Any]:
-    with _make_pool(1, work) as pool:
-        try:
-            return pool.submit(_call_work, chunk).result()
-        except BrokenProcessPool:
-            return [AudioError("this file, or one read with it, crashed the audio decoder")] * len(chunk)
 
 
 def n_cores() -> int:
@@ -648,12 +647,6 @@ def n_cores() -> int:
 
 
 _work: Work  # what a worker does, set when it starts
-
-
-def _make_pool(n_workers: int, work: Work) -> ProcessPoolExecutor:
-    # A forked worker starts at once; elsewhere than on Linux forking is not safe.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    return ProcessPoolExecutor(n_workers, context, initializer=_start_worker, initargs=(work,))
 
 
 def _start_worker(work: Work) -> None:

@@ -123,8 +123,7 @@ def test_clips_are_those_in_class_folders_by_file_name(tmp_path: Path, capsys: C
     names = ["Angry/deep/1001_AAA_ANG_XX.wav", "Sad/1002_A_x.wav", "Angry/z.wav", "Sad/z.wav"]
     touch(root, *reversed(names), "stray.wav", "Empty/readme.txt")
     touch(root, "TEST/c.wav", ".git/d.wav", "__MACOSX/e.wav", "held/f.wav")
-    for name, target in {"Self": root, "Up": tmp_path, "Held": root / "held"}.items():
-        (root / name).symlink_to(target, target_is_directory=True)
+    (root / "Held").symlink_to(root / "held", target_is_directory=True)
     table = find_clips(config_of(root, test_dir=str(root / "held")))
     assert list(table.path[table.left_out != ""]) == [str(root / "stray.wav")]
     table = table[table.left_out == ""]
