@@ -25,13 +25,13 @@ if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imp
     ARGS = parse(parser)
 
 import contextlib
-import csv
 import glob
 import io
 import itertools
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 from collections import Counter
@@ -39,7 +39,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -80,16 +80,6 @@ Row: TypeAlias = dict[str, str | float]
 # ---- prediction ------------------------------------------------------------------------------------------
 
 
-class Timeline(NamedTuple):
-    """What the model makes of each window of a clip."""
-
-    start: FloatArray  # (W,) seconds
-    end: FloatArray  # (W,) seconds
-    distance: FloatArray  # (W,) from the training data
-    probabilities: FloatArray  # (W, C), calibrated, in the order of Recognizer.labels
-    envelope: FloatArray  # magnitude of the waveform, ENVELOPE_RATE points a second
-
-
 class Prediction(NamedTuple):
     """What the model makes of one clip."""
 
@@ -99,7 +89,10 @@ class Prediction(NamedTuple):
     seconds: float  # of audio in it
     distance: float  # from the training data, of which nearly all is within 1
     warning: str  # what is odd about it; empty if nothing is
-    timeline: Timeline | None = None  # where a step was asked for
+    # Where a step was asked for: a row per window with the columns start, end (s), emotion, confidence,
+    # distance and the probability of each label; and the waveform's outline, ENVELOPE_RATE points a second.
+    timeline: pd.DataFrame | None = None
+    envelope: FloatArray | None = None
 
 
 def own_or_bundled(recordings: str) -> Path:
@@ -224,24 +217,31 @@ class Recognizer:
         for number, (recording, row) in enumerate(zip(recordings, self._calibrate(of_clips), strict=True)):
             if not row.isfinite().all():  # or the label would be the first class
                 failures.setdefault(number, AudioError("its probabilities are not finite"))
-            own = owner == number
-            timeline = (
-                self._make_timeline(recording, torch.tensor(ends)[own], judged[:, own])
-                if recording.step and number not in failures
-                else None
-            )
+            if number in failures:
+                results.append(failures[number])
+                continue
             values = dict(zip(self.labels, row.tolist(), strict=True))
             best = self.labels[int(row.argmax())]
-            about = (recording.seconds, distances[number], recording.warning, timeline)
-            results.append(failures.get(number, Prediction(best, values[best], values, *about)))
+            about = (recording.seconds, distances[number], recording.warning)
+            result = Prediction(best, values[best], values, *about)
+            if recording.step:
+                own = owner == number
+                timeline = self._make_timeline(torch.tensor(ends)[own], judged[:, own])
+                result = result._replace(timeline=timeline, envelope=np.concatenate(recording.envelope))
+            results.append(result)
         return results
 
-    def _make_timeline(self, recording: Recording, end: Tensor, judged: Tensor) -> Timeline:
-        """From the ends of a clip's windows (W,), and what each model makes of them, (models, W, C + 1)."""
-        start = (end - self.cfg.duration).clamp(min=0)
-        envelope = np.concatenate(recording.envelope)
-        distance = judged[:, :, -1].mean(dim=0).numpy()
-        return Timeline(start.numpy(), end.numpy(), distance, self._calibrate(judged).numpy(), envelope)
+    def _make_timeline(self, end: Tensor, judged: Tensor) -> pd.DataFrame:
+        """From the ends of windows (W,), and what each model makes of them, (models, W, C + 1)."""
+        probabilities = pd.DataFrame(self._calibrate(judged).double().numpy(), columns=self.labels)
+        about = {
+            "start": (end.double() - self.cfg.duration).clamp(min=0).numpy(),
+            "end": end.double().numpy(),
+            "emotion": probabilities.idxmax(axis=1),
+            "confidence": probabilities.max(axis=1),
+            "distance": judged[:, :, -1].mean(dim=0).double().numpy(),
+        }
+        return pd.DataFrame(about).join(probabilities)
 
     def _calibrate(self, judged: Tensor) -> Tensor:
         """What each model makes of clips or windows, (models, N, C + 1) -> the mean probabilities (N, C)."""
@@ -261,10 +261,9 @@ def _differ(one: Checkpoint, other: Checkpoint) -> str:
 # ---- which clips -----------------------------------------------------------------------------------------
 
 
-def natural_key(path: Path) -> list[tuple[int, str]]:
+def natural_key(path: Path) -> str:
     """Compare the numbers in names as numbers: 2.wav before 10.wav."""
-    pieces = re.split(r"([0-9]+)", path.as_posix())
-    return [(int(piece), "") if index % 2 else (-1, piece) for index, piece in enumerate(pieces)]
+    return re.sub("[0-9]+", lambda number: number[0].zfill(20), path.as_posix())
 
 
 def find_test_clips(folder: Path) -> list[Path]:
@@ -313,27 +312,15 @@ def expand_paths(arguments: Sequence[str], stdin: Path | None = None) -> list[Pa
     return paths
 
 
-MAX_STDIN = 2**30  # bytes
-
-
 @contextlib.contextmanager
 def spool_stdin() -> Iterator[Path]:
-    """A temporary file with what comes through standard input: a decoder has to go back and forth in it.
-
-    Raises:
-        UserError: Nothing comes, or more than MAX_STDIN.
-    """
+    """A temporary file with what comes through standard input: a decoder has to go back and forth in it."""
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("-: standard input holds no file: pass one with `< clip.wav`")
     with tempfile.TemporaryDirectory() as scratch:
-        path, size = Path(scratch, "stdin"), 0
+        path = Path(scratch, "stdin")
         with path.open("wb") as file:
-            while block := sys.stdin.buffer.read(2**20):
-                size += file.write(block)
-                if size > MAX_STDIN:
-                    raise UserError(f"-: standard input holds more than {MAX_STDIN:,} bytes: pass a file")
-        if not size:
-            raise UserError("-: standard input is empty")
+            shutil.copyfileobj(sys.stdin.buffer, file)
         yield path
 
 
@@ -354,50 +341,18 @@ def report_odd(results: Mapping[str, Prediction | AudioError]) -> int:
     return len(failures)
 
 
-def columns(labels: Sequence[str], *, timeline: bool) -> list[str]:
-    """The header of the table: the keys of to_row, or of those of to_timeline_rows."""
-    if timeline:
-        return ["filename", "start", "end", "emotion", "confidence", "distance", *labels]
-    return ["filename", "emotion", "confidence", "seconds", "distance", *labels]
+def to_rows(name: str, result: Prediction, *, abstain: bool) -> pd.DataFrame:
+    """The rows of a file: one, or one for each window of a timeline; times with two decimals, the rest four.
 
-
-def to_row(name: str, result: Prediction, *, abstain: bool) -> Row:
-    """A file's row of the table; without a label if it is far from the training data and we may abstain."""
-    emotion = "" if abstain and result.distance > 1 else result.emotion
-    row: Row = {"filename": name, "emotion": emotion, "confidence": result.confidence}
-    return row | {"seconds": result.seconds, "distance": result.distance} | result.probabilities
-
-
-def to_timeline_rows(name: str, timeline: Timeline, labels: Sequence[str], *, abstain: bool) -> Iterator[Row]:
-    """A row for each window of a file; abstain as in to_row."""
-    times = zip(timeline.start.tolist(), timeline.end.tolist(), timeline.distance.tolist(), strict=True)
-    for (start, end, distance), values in zip(times, timeline.probabilities, strict=True):
-        emotion = "" if abstain and distance > 1 else labels[values.argmax()]
-        row: Row = {"filename": name, "start": start, "end": end, "emotion": emotion}
-        row |= {"confidence": float(values.max()), "distance": distance}
-        yield row | dict(zip(labels, values.tolist(), strict=True))
-
-
-class TableWriter:
-    """Writes rows to a stream, as CSV with a header or as JSON, one object per line."""
-
-    def __init__(self, stream: TextIO, header: Sequence[str], *, as_json: bool) -> None:
-        self.stream, self.header, self.as_json, self.n_rows = stream, header, as_json, 0
-        self.shown = printable if stream.isatty() else str  # a name must not steer a terminal
-        self.csv = csv.writer(stream, lineterminator="\n")
-        if not as_json:
-            self.csv.writerow(map(self.shown, header))
-
-    def write(self, row: Row) -> None:
-        """Write a row: times with two decimals, probabilities with four."""
-        places = dict.fromkeys(("start", "end", "seconds", "distance"), 2)
-        self.n_rows += 1
-        if self.as_json:
-            rounded = {k: round(v, places.get(k, 4)) if isinstance(v, float) else v for k, v in row.items()}
-            self.stream.write(json.dumps(rounded) + "\n")
-        else:
-            cells = [(row[name], places.get(name, 4)) for name in self.header]
-            self.csv.writerow([f"{v:.{n}f}" if isinstance(v, float) else self.shown(v) for v, n in cells])
+    There is no label for what is far from the training data, if we may abstain.
+    """
+    about = {"emotion": result.emotion, "confidence": result.confidence}
+    about |= {"seconds": result.seconds, "distance": result.distance}
+    rows = pd.DataFrame([about | result.probabilities]) if result.timeline is None else result.timeline
+    rows.insert(0, "filename", name)
+    if abstain:
+        rows.loc[rows.distance > 1, "emotion"] = ""
+    return rows.round(4).round(dict.fromkeys(["start", "end", "seconds", "distance"], 2))
 
 
 def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: Config, flags: Any) -> int:  # noqa: ANN401
@@ -410,24 +365,31 @@ def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: C
     step = (flags.step or recognizer.cfg.duration) if flags.timeline else 0.0
     predictions = recognizer.predict_files([path for path, _ in names], step=step)
     stream: Any = io.StringIO() if flags.output else sys.stdout
-    writer = TableWriter(stream, columns(recognizer.labels, timeline=flags.timeline), as_json=flags.json)
     results: dict[str, Prediction | AudioError] = {}
-    pictures: set[str] = set()
+    pictures: Counter[str] = Counter()
+    n_rows = 0
     for (_, name), (_, result) in zip(names, predictions, strict=True):
-        results[name] = result if isinstance(result, AudioError) else result._replace(timeline=None)
         if isinstance(result, AudioError):
+            results[name] = result
             continue
-        if result.timeline is None:
-            writer.write(to_row(name, result, abstain=flags.abstain))
-            continue
-        for row in to_timeline_rows(name, result.timeline, recognizer.labels, abstain=flags.abstain):
-            writer.write(row)
-        path = picture_path(name, cfg, pictures)
-        if save_figure(path, partial(plot_timeline, result.timeline, recognizer.labels, name)):
-            note(f"picture of {name}: {path}")
+        results[name] = result._replace(timeline=None, envelope=None)
+        shown = printable(name) if stream.isatty() else name  # a name must not steer a terminal
+        rows = to_rows(shown, result, abstain=flags.abstain)
+        if flags.json:
+            stream.writelines(json.dumps(row) + "\n" for row in rows.to_dict("records"))
+        else:
+            rows.to_csv(stream, index=False, header=n_rows == 0, lineterminator="\n")
+        n_rows += len(rows)
+        if flags.timeline:
+            stem = Path(name).stem[:60]  # a path must not become too long
+            pictures[stem] += 1
+            number = f"_{pictures[stem]}" if pictures[stem] > 1 else ""
+            path = Path(cfg.run_dir, f"timeline_{stem}{number}.png")
+            if save_figure(path, partial(plot_timeline, result, recognizer.labels, name)):
+                note(f"picture of {name}: {path}")
     if flags.output:
         save_file(Path(flags.output), stream.getvalue().encode())
-        print(printable(f"{writer.n_rows} rows in {flags.output}"))
+        print(printable(f"{n_rows} rows in {flags.output}"))
     return 1 if report_odd(results) else 0
 
 
@@ -436,42 +398,38 @@ def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: C
 PAUSE = 0.03  # a window whose loudest point is below this part of the recording's loud points (-30 dB)
 
 
-def picture_path(name: str, cfg: Config, taken: set[str]) -> Path:
-    """Where the picture of a file goes: by the file's name, with a number where another one has it."""
-    stem = Path(name).stem[:60]  # a path must not become too long
-    numbered = (f"{stem}_{number}" for number in itertools.count(2))
-    own = next(text for text in itertools.chain([stem], numbered) if text.lower() not in taken)
-    taken.add(own.lower())
-    return Path(cfg.run_dir, f"timeline_{own}.png")
-
-
-def find_pauses(timeline: Timeline) -> npt.NDArray[np.bool_]:
-    """Which windows are silent against the rest of the recording, (W,)."""
-    loud = np.quantile(timeline.envelope, 0.99)  # not the greatest, which may be a click
-    starts = np.rint(timeline.start * ENVELOPE_RATE).astype(int)
-    ends = np.maximum(np.rint(timeline.end * ENVELOPE_RATE).astype(int), starts + 1)
-    peaks = [timeline.envelope[start:end].max() for start, end in zip(starts, ends, strict=True)]
+def find_pauses(result: Prediction) -> npt.NDArray[np.bool_]:
+    """Which windows of a timeline are silent against the rest of the recording, (W,)."""
+    assert result.timeline is not None
+    assert result.envelope is not None
+    loud = np.quantile(result.envelope, 0.99)  # not the greatest, which may be a click
+    points = np.rint(result.timeline[["start", "end"]] * ENVELOPE_RATE).astype(int).to_numpy()
+    peaks = [result.envelope[start : max(end, start + 1)].max() for start, end in points]
     return np.array(peaks) < PAUSE * loud
 
 
-def plot_timeline(timeline: Timeline, labels: Sequence[str], title: str) -> Any:  # noqa: ANN401 - Figure
+def plot_timeline(result: Prediction, labels: Sequence[str], title: str) -> Any:  # noqa: ANN401 - Figure
     """The outline of the waveform above the stacked probabilities; pauses and what is no speech are grey."""
     from matplotlib import colormaps  # noqa: PLC0415 - takes a second
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    unit, scale = ("minutes", 60) if timeline.end[-1] > 180 else ("seconds", 1)
-    middle = (timeline.start + timeline.end) / 2
-    edges = np.concatenate([[0], (middle[1:] + middle[:-1]) / 2, timeline.end[-1:]]) / scale
-    heights = np.concatenate([timeline.probabilities, timeline.probabilities[-1:]]).T  # (C, W + 1)
+    timeline, envelope = result.timeline, result.envelope
+    assert timeline is not None
+    assert envelope is not None
+    start, end = timeline.start.to_numpy(), timeline.end.to_numpy()
+    unit, scale = ("minutes", 60) if end[-1] > 180 else ("seconds", 1)
+    middle = (start + end) / 2
+    edges = np.concatenate([[0], (middle[1:] + middle[:-1]) / 2, end[-1:]]) / scale
+    heights = pd.concat([timeline, timeline[-1:]])[labels].T  # (C, W + 1)
     colours = COLOURS if len(labels) <= len(COLOURS) else colormaps["viridis"](np.linspace(0, 1, len(labels)))
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     waveform, stack = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2])
-    times = np.arange(len(timeline.envelope)) / ENVELOPE_RATE / scale
-    waveform.fill_between(times, -timeline.envelope, timeline.envelope, color="black", linewidth=0)
+    times = np.arange(len(envelope)) / ENVELOPE_RATE / scale
+    waveform.fill_between(times, -envelope, envelope, color="black", linewidth=0)
     names = [label.replace("$", r"\$") for label in labels]
     stack.stackplot(edges, heights, labels=names, colors=colours, step="post", linewidth=0)
-    pauses = np.append(find_pauses(timeline) | (timeline.distance > 1), False)
+    pauses = np.append(find_pauses(result) | (timeline.distance > 1), False)
     for axes, alpha in ((waveform, 0.4), (stack, 1.0)):
         style = {"step": "post", "color": "lightgrey", "alpha": alpha, "linewidth": 0}
         across = axes.get_xaxis_transform()
@@ -516,20 +474,15 @@ def submit(recognizer: Recognizer, cfg: Config, fill: str) -> int:
     save_file(target, submission.to_csv(index=False, lineterminator="\n").encode())
     if n_failures:
         note(f"warning: {n_failures} of {len(rows)} rows are no predictions but filled with {fill}")
-    sample = find_sample(cfg)
+    folders = [cfg.test_root.parent, cfg.test_root.parent.parent]  # where the data are, or above them
+    samples = (folder / "sample_submission.csv" for folder in folders)
+    sample = next((path for path in samples if path.is_file()), None)
     differences = compare_with_sample(sample, submission, labels) if sample else []
     for difference in differences:
         note(f"warning: {sample}: {difference}")
     verdict = f"; not as in {sample}" if differences else f", ids as in {sample}" if sample else ""
     print(printable(f"{len(rows)} rows in {target}{verdict}"))
     return 1 if differences else 0
-
-
-def find_sample(cfg: Config) -> Path | None:
-    """The competition's sample submission, where it lies beside the data."""
-    folders = [cfg.test_root.parent, cfg.test_root.parent.parent]
-    samples = (folder / "sample_submission.csv" for folder in folders)
-    return next((sample for sample in samples if sample.is_file()), None)
 
 
 def compare_with_sample(sample: Path, submission: pd.DataFrame, labels: Sequence[str]) -> list[str]:
@@ -559,21 +512,21 @@ def check_flags(flags: Any) -> None:  # noqa: ANN401 - argparse.Namespace
     Raises:
         UserError: There is such a flag, or its value is bad.
     """
-    for name in ("submission", "data_dir", "test_dir", "fill"):
-        if flags.paths and getattr(flags, name, ""):
-            raise UserError(f"--{name} is for the test folder: leave it out, or the files")
-    for name in ("paths", "submission", "test_dir", "fill"):
-        if flags.export and getattr(flags, name, ""):
-            raise UserError("--export labels nothing: leave out files, folders and --submission")
-    for name in ("timeline", "json", "output", "abstain"):
-        if getattr(flags, name) and not flags.paths:
-            raise UserError(f"--{name} is for files: name files, folders or patterns to label")
-    for name in ("step", "run_dir"):
-        if getattr(flags, name, "") and not flags.timeline:
-            raise UserError(f"--{name} is for --timeline: leave it out, or add --timeline")
+    for names, is_useless, why in (
+        (
+            "submission data_dir test_dir fill",
+            flags.paths,
+            "is for the test folder: leave it out, or the files",
+        ),
+        ("paths submission test_dir fill", flags.export, "has no effect on --export: leave it out"),
+        ("timeline json output abstain", not flags.paths, "is for files: name files, folders or patterns"),
+        ("step run_dir", not flags.timeline, "is for --timeline: leave it out, or add --timeline"),
+    ):
+        for name in names.split():
+            if is_useless and getattr(flags, name, ""):
+                raise UserError(f"--{name} {why}")
     output = Path(flags.output)
-    odd = AUDIO_SUFFIXES | {".pth"}
-    if flags.output and (output.is_dir() or output.suffix.lower() in odd):
+    if flags.output and (output.is_dir() or output.suffix.lower() in AUDIO_SUFFIXES | {".pth"}):
         raise UserError(f"output = {flags.output!r}: must be a file for rows: no folder, audio or model")
 
 
