@@ -36,7 +36,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -51,7 +51,6 @@ from tqdm import tqdm
 from model import (
     COLOURS,
     PRETRAINED,
-    Checkpoint,
     export_onnx,
     load_checkpoint,
     mean_over_windows,
@@ -132,8 +131,13 @@ class Recognizer:
         loaded = [load_checkpoint(path) for path in self.paths]
         self.checkpoints = [checkpoint for checkpoint, _ in loaded]
         for path, checkpoint in zip(self.paths, self.checkpoints, strict=True):
-            if difference := _differ(checkpoint, self.checkpoints[0]):
-                raise UserError(f"{path} and {self.paths[0]} differ in {difference}: they cannot be averaged")
+            one, other = (
+                {"classes": c.labels, **asdict(c.config)} for c in (checkpoint, self.checkpoints[0])
+            )
+            for name in "classes sample_rate duration n_mfcc n_fft hop_length n_mels".split():
+                if one[name] != other[name]:
+                    difference = f"{name}, {one[name]} and {other[name]}: they cannot be averaged"
+                    raise UserError(f"{path} and {self.paths[0]} differ in {difference}")
         self.labels = self.checkpoints[0].labels
         self.device = resolve_device(device)
         if self.device.type != "cpu":  # else features and networks both run in the workers
@@ -247,15 +251,6 @@ class Recognizer:
         """What each model makes of clips or windows, (models, N, C + 1) -> the mean probabilities (N, C)."""
         pairs = zip(judged, self.models, strict=True)
         return torch.stack([model.confident(values) for values, model in pairs]).mean(dim=0)
-
-
-def _differ(one: Checkpoint, other: Checkpoint) -> str:
-    """In what two checkpoints differ that forbids to average their probabilities; empty if in nothing."""
-    if one.labels != other.labels:
-        return f"classes ({', '.join(one.labels)}; {', '.join(other.labels)})"
-    names = "sample_rate duration n_mfcc n_fft hop_length n_mels".split()
-    odd = [name for name in names if getattr(one.config, name) != getattr(other.config, name)]
-    return ", ".join(odd)
 
 
 # ---- which clips -----------------------------------------------------------------------------------------
@@ -512,13 +507,14 @@ def check_flags(flags: Any) -> None:  # noqa: ANN401 - argparse.Namespace
     Raises:
         UserError: There is such a flag, or its value is bad.
     """
+    if flags.export and flags.paths:
+        raise UserError("--export labels nothing: leave out files and folders")
     for names, is_useless, why in (
         (
             "submission data_dir test_dir fill",
-            flags.paths,
-            "is for the test folder: leave it out, or the files",
+            flags.paths or flags.export,
+            "is for the test folder: leave it out",
         ),
-        ("paths submission test_dir fill", flags.export, "has no effect on --export: leave it out"),
         ("timeline json output abstain", not flags.paths, "is for files: name files, folders or patterns"),
         ("step run_dir", not flags.timeline, "is for --timeline: leave it out, or add --timeline"),
     ):

@@ -415,10 +415,12 @@ def test_probabilities_of_several_checkpoints_are_averaged(clips: Path, capsys: 
     np.testing.assert_allclose(tables[2], (tables[0] + tables[1]) / 2, atol=1.1e-4)
     assert np.abs(tables[0] - tables[1]).max() > 0.01
     save_checkpoint(Path("other.pth"), replace(stored, labels=["Sad", "Angry", "Suprised"]))
-    with pytest.raises(UserError, match=r"^other.pth and best_emotion_model.pth differ in classes \(Sad, A"):
+    with pytest.raises(
+        UserError, match=r"^other.pth and best_emotion_model.pth differ in classes, \['Sad', 'A"
+    ):
         label("other.pth", clips, checkpoint="best_emotion_model.pth")
     save_checkpoint(Path("other.pth"), replace(stored, config=replace(stored.config, duration=0.5)))
-    with pytest.raises(UserError, match=r"differ in duration: they cannot be averaged"):
+    with pytest.raises(UserError, match=r"differ in duration, 0.5 and 0.4: they cannot be averaged"):
         Recognizer("best_emotion_model.pth", "other.pth")
 
 
