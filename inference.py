@@ -39,7 +39,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,14 +53,12 @@ from model import (
     PRETRAINED,
     export_onnx,
     load_checkpoint,
-    mean_over_windows,
     resolve_device,
     save_figure,
     save_file,
 )
 from prepare import (
     AUDIO_SUFFIXES,
-    CHUNK,
     ENVELOPE_RATE,
     AudioError,
     Clip,
@@ -74,9 +72,15 @@ from prepare import (
 )
 
 BLOCK = 64  # windows that go through the networks at once
-Row: TypeAlias = dict[str, str | float]
 
 # ---- prediction ------------------------------------------------------------------------------------------
+
+
+class Timeline(NamedTuple):
+    """What the model makes of each window of a clip."""
+
+    windows: pd.DataFrame  # start, end (s), emotion, confidence, distance, and the probability of each label
+    envelope: FloatArray  # magnitude of the waveform, ENVELOPE_RATE points a second
 
 
 class Prediction(NamedTuple):
@@ -88,10 +92,7 @@ class Prediction(NamedTuple):
     seconds: float  # of audio in it
     distance: float  # from the training data, of which nearly all is within 1
     warning: str  # what is odd about it; empty if nothing is
-    # Where a step was asked for: a row per window with the columns start, end (s), emotion, confidence,
-    # distance and the probability of each label; and the waveform's outline, ENVELOPE_RATE points a second.
-    timeline: pd.DataFrame | None = None
-    envelope: FloatArray | None = None
+    timeline: Timeline | None = None  # where a step was asked for
 
 
 def own_or_bundled(recordings: str) -> Path:
@@ -134,10 +135,11 @@ class Recognizer:
             one, other = (
                 {"classes": c.labels, **asdict(c.config)} for c in (checkpoint, self.checkpoints[0])
             )
-            for name in "classes sample_rate duration n_mfcc n_fft hop_length n_mels".split():
-                if one[name] != other[name]:
-                    difference = f"{name}, {one[name]} and {other[name]}: they cannot be averaged"
-                    raise UserError(f"{path} and {self.paths[0]} differ in {difference}")
+            names = "classes sample_rate duration n_mfcc n_fft hop_length n_mels".split()
+            if odd := [name for name in names if one[name] != other[name]]:
+                raise UserError(
+                    f"{path} and {self.paths[0]} differ in {', '.join(odd)}: they cannot be averaged"
+                )
         self.labels = self.checkpoints[0].labels
         self.device = resolve_device(device)
         if self.device.type != "cpu":  # else features and networks both run in the workers
@@ -165,10 +167,7 @@ class Recognizer:
         several: list[Any] = [*clips] if isinstance(clips, list | tuple) else [clips]
         if odd := [clip for clip in several if not isinstance(clip, str | Path | np.ndarray)]:
             raise AudioError(f"{type(odd[0]).__name__}: a clip is a path, or samples as a NumPy array")
-        results: list[Prediction | AudioError] = []
-        for start in range(0, len(several), CHUNK):
-            chunk = several[start : start + CHUNK]
-            results += self._predict([Recording(clip, self.cfg, rate=rate, step=step) for clip in chunk])
+        results = self._predict(several, rate=rate, step=step)
         for number, (clip, result) in enumerate(zip(several, results, strict=True)):
             if isinstance(result, AudioError):
                 raise AudioError(f"{clip if isinstance(clip, str | Path) else f'clip {number}'}: {result}")
@@ -179,20 +178,20 @@ class Recognizer:
     ) -> Iterator[tuple[str, Prediction | AudioError]]:
         """Yield each path with its prediction, or why there is none, in order and in constant memory."""
         self._check_step(step)
-        work = partial(self._predict_paths, step=step)
+        work = partial(self._predict, step=step)
         return zip(paths, map_files(work, paths, self.cfg), strict=True)
 
     def _check_step(self, step: float) -> None:
         if step and not 0.1 <= step <= self.cfg.duration:
             raise UserError(f"step = {step}: must be 0.1 to {self.cfg.duration} seconds, a window's length")
 
-    def _predict_paths(self, paths: Sequence[str], step: float) -> list[Prediction | AudioError]:
-        return self._predict([Recording(path, self.cfg, step=step) for path in paths])
-
     @torch.inference_mode()
     @one_thread()
-    def _predict(self, recordings: Sequence[Recording]) -> list[Prediction | AudioError]:
+    def _predict(
+        self, clips: Sequence[Clip], *, rate: float | None = None, step: float = 0.0
+    ) -> list[Prediction | AudioError]:
         """Predict some clips; their windows go through the networks together, BLOCK at a time."""
+        recordings = [Recording(clip, self.cfg, rate=rate, step=step) for clip in clips]
         failures: dict[int, AudioError] = {}
 
         def windows() -> Iterator[tuple[int, float, FloatArray]]:
@@ -214,29 +213,24 @@ class Recognizer:
             of_windows.append(torch.stack([model.judge(features) for model in self.models]).cpu())
         if not owners:
             return list(failures.values())
-        owner, judged = torch.tensor(owners), torch.cat(of_windows, dim=1)
-        of_clips = torch.stack([mean_over_windows(of_model, owner, len(recordings)) for of_model in judged])
-        distances = of_clips[:, :, -1].mean(dim=0).tolist()
-        results: list[Prediction | AudioError] = []
-        for number, (recording, row) in enumerate(zip(recordings, self._calibrate(of_clips), strict=True)):
-            if not row.isfinite().all():  # or the label would be the first class
-                failures.setdefault(number, AudioError("its probabilities are not finite"))
-            if number in failures:
-                results.append(failures[number])
-                continue
-            values = dict(zip(self.labels, row.tolist(), strict=True))
-            best = self.labels[int(row.argmax())]
-            about = (recording.seconds, distances[number], recording.warning)
-            result = Prediction(best, values[best], values, *about)
-            if recording.step:
-                own = owner == number
-                timeline = self._make_timeline(torch.tensor(ends)[own], judged[:, own])
-                result = result._replace(timeline=timeline, envelope=np.concatenate(recording.envelope))
-            results.append(result)
-        return results
+        owner, end, judged = torch.tensor(owners), torch.tensor(ends), torch.cat(of_windows, dim=1)
+        return [
+            failures.get(number) or self._sum_up(recording, end[owner == number], judged[:, owner == number])
+            for number, recording in enumerate(recordings)
+        ]
 
-    def _make_timeline(self, end: Tensor, judged: Tensor) -> pd.DataFrame:
-        """From the ends of windows (W,), and what each model makes of them, (models, W, C + 1)."""
+    def _sum_up(self, recording: Recording, end: Tensor, judged: Tensor) -> Prediction | AudioError:
+        """From the ends of a clip's windows (W,), and what each model makes of them, (models, W, C + 1)."""
+        of_clip = judged.mean(dim=1, keepdim=True)
+        row = self._calibrate(of_clip)[0]
+        if not row.isfinite().all():  # or the label would be the first class
+            return AudioError("its probabilities are not finite")
+        values = dict(zip(self.labels, row.tolist(), strict=True))
+        best = self.labels[int(row.argmax())]
+        distance = of_clip[:, :, -1].mean().item()
+        result = Prediction(best, values[best], values, recording.seconds, distance, recording.warning)
+        if not recording.step:
+            return result
         probabilities = pd.DataFrame(self._calibrate(judged).double().numpy(), columns=self.labels)
         about = {
             "start": (end.double() - self.cfg.duration).clamp(min=0).numpy(),
@@ -245,7 +239,8 @@ class Recognizer:
             "confidence": probabilities.max(axis=1),
             "distance": judged[:, :, -1].mean(dim=0).double().numpy(),
         }
-        return pd.DataFrame(about).join(probabilities)
+        windows = pd.DataFrame(about).join(probabilities)
+        return result._replace(timeline=Timeline(windows, np.concatenate(recording.envelope)))
 
     def _calibrate(self, judged: Tensor) -> Tensor:
         """What each model makes of clips or windows, (models, N, C + 1) -> the mean probabilities (N, C)."""
@@ -341,13 +336,18 @@ def to_rows(name: str, result: Prediction, *, abstain: bool) -> pd.DataFrame:
 
     There is no label for what is far from the training data, if we may abstain.
     """
-    about = {"emotion": result.emotion, "confidence": result.confidence}
-    about |= {"seconds": result.seconds, "distance": result.distance}
-    rows = pd.DataFrame([about | result.probabilities]) if result.timeline is None else result.timeline
+    if result.timeline is None:
+        about = {"emotion": result.emotion, "confidence": result.confidence}
+        about |= {"seconds": result.seconds, "distance": result.distance}
+        rows = pd.DataFrame([about | result.probabilities])
+    else:
+        rows = result.timeline.windows.copy()
     rows.insert(0, "filename", name)
     if abstain:
         rows.loc[rows.distance > 1, "emotion"] = ""
-    return rows.round(4).round(dict.fromkeys(["start", "end", "seconds", "distance"], 2))
+    coarse = rows.columns.intersection(["start", "end", "seconds", "distance"])
+    rows[coarse] = rows[coarse].round(2)
+    return rows.round(4)
 
 
 def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: Config, flags: Any) -> int:  # noqa: ANN401
@@ -367,7 +367,7 @@ def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: C
         if isinstance(result, AudioError):
             results[name] = result
             continue
-        results[name] = result._replace(timeline=None, envelope=None)
+        results[name] = result._replace(timeline=None)
         shown = printable(name) if stream.isatty() else name  # a name must not steer a terminal
         rows = to_rows(shown, result, abstain=flags.abstain)
         if flags.json:
@@ -375,12 +375,12 @@ def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: C
         else:
             rows.to_csv(stream, index=False, header=n_rows == 0, lineterminator="\n")
         n_rows += len(rows)
-        if flags.timeline:
+        if result.timeline is not None:
             stem = Path(name).stem[:60]  # a path must not become too long
             pictures[stem] += 1
             number = f"_{pictures[stem]}" if pictures[stem] > 1 else ""
             path = Path(cfg.run_dir, f"timeline_{stem}{number}.png")
-            if save_figure(path, partial(plot_timeline, result, recognizer.labels, name)):
+            if save_figure(path, partial(plot_timeline, result.timeline, recognizer.labels, name)):
                 note(f"picture of {name}: {path}")
     if flags.output:
         save_file(Path(flags.output), stream.getvalue().encode())
@@ -393,29 +393,25 @@ def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: C
 PAUSE = 0.03  # a window whose loudest point is below this part of the recording's loud points (-30 dB)
 
 
-def find_pauses(result: Prediction) -> npt.NDArray[np.bool_]:
+def find_pauses(timeline: Timeline) -> npt.NDArray[np.bool_]:
     """Which windows of a timeline are silent against the rest of the recording, (W,)."""
-    assert result.timeline is not None
-    assert result.envelope is not None
-    loud = np.quantile(result.envelope, 0.99)  # not the greatest, which may be a click
-    points = np.rint(result.timeline[["start", "end"]] * ENVELOPE_RATE).astype(int).to_numpy()
-    peaks = [result.envelope[start : max(end, start + 1)].max() for start, end in points]
+    loud = np.quantile(timeline.envelope, 0.99)  # not the greatest, which may be a click
+    points = np.rint(timeline.windows[["start", "end"]] * ENVELOPE_RATE).astype(int).to_numpy()
+    peaks = [timeline.envelope[start : max(end, start + 1)].max() for start, end in points]
     return np.array(peaks) < PAUSE * loud
 
 
-def plot_timeline(result: Prediction, labels: Sequence[str], title: str) -> Any:  # noqa: ANN401 - Figure
+def plot_timeline(timeline: Timeline, labels: Sequence[str], title: str) -> Any:  # noqa: ANN401 - Figure
     """The outline of the waveform above the stacked probabilities; pauses and what is no speech are grey."""
     from matplotlib import colormaps  # noqa: PLC0415 - takes a second
     from matplotlib.figure import Figure  # noqa: PLC0415
 
-    timeline, envelope = result.timeline, result.envelope
-    assert timeline is not None
-    assert envelope is not None
-    start, end = timeline.start.to_numpy(), timeline.end.to_numpy()
+    windows, envelope = timeline
+    start, end = windows.start.to_numpy(), windows.end.to_numpy()
     unit, scale = ("minutes", 60) if end[-1] > 180 else ("seconds", 1)
     middle = (start + end) / 2
     edges = np.concatenate([[0], (middle[1:] + middle[:-1]) / 2, end[-1:]]) / scale
-    heights = pd.concat([timeline, timeline[-1:]])[labels].T  # (C, W + 1)
+    heights = pd.concat([windows, windows[-1:]])[labels].T  # (C, W + 1)
     colours = COLOURS if len(labels) <= len(COLOURS) else colormaps["viridis"](np.linspace(0, 1, len(labels)))
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
@@ -424,7 +420,7 @@ def plot_timeline(result: Prediction, labels: Sequence[str], title: str) -> Any:
     waveform.fill_between(times, -envelope, envelope, color="black", linewidth=0)
     names = [label.replace("$", r"\$") for label in labels]
     stack.stackplot(edges, heights, labels=names, colors=colours, step="post", linewidth=0)
-    pauses = np.append(find_pauses(result) | (timeline.distance > 1), False)
+    pauses = np.append(find_pauses(timeline) | (windows.distance > 1), False)
     for axes, alpha in ((waveform, 0.4), (stack, 1.0)):
         style = {"step": "post", "color": "lightgrey", "alpha": alpha, "linewidth": 0}
         across = axes.get_xaxis_transform()
@@ -469,9 +465,8 @@ def submit(recognizer: Recognizer, cfg: Config, fill: str) -> int:
     save_file(target, submission.to_csv(index=False, lineterminator="\n").encode())
     if n_failures:
         note(f"warning: {n_failures} of {len(rows)} rows are no predictions but filled with {fill}")
-    folders = [cfg.test_root.parent, cfg.test_root.parent.parent]  # where the data are, or above them
-    samples = (folder / "sample_submission.csv" for folder in folders)
-    sample = next((path for path in samples if path.is_file()), None)
+    places = (folder / "sample_submission.csv" for folder in list(cfg.test_root.parents)[:2])  # of the data
+    sample = next((path for path in places if path.is_file()), None)
     differences = compare_with_sample(sample, submission, labels) if sample else []
     for difference in differences:
         note(f"warning: {sample}: {difference}")
@@ -509,12 +504,9 @@ def check_flags(flags: Any) -> None:  # noqa: ANN401 - argparse.Namespace
     """
     if flags.export and flags.paths:
         raise UserError("--export labels nothing: leave out files and folders")
+    no_test = flags.paths or flags.export
     for names, is_useless, why in (
-        (
-            "submission data_dir test_dir fill",
-            flags.paths or flags.export,
-            "is for the test folder: leave it out",
-        ),
+        ("submission data_dir test_dir fill", no_test, "is for the test folder: leave it out"),
         ("timeline json output abstain", not flags.paths, "is for files: name files, folders or patterns"),
         ("step run_dir", not flags.timeline, "is for --timeline: leave it out, or add --timeline"),
     ):

@@ -416,11 +416,11 @@ def test_probabilities_of_several_checkpoints_are_averaged(clips: Path, capsys: 
     assert np.abs(tables[0] - tables[1]).max() > 0.01
     save_checkpoint(Path("other.pth"), replace(stored, labels=["Sad", "Angry", "Suprised"]))
     with pytest.raises(
-        UserError, match=r"^other.pth and best_emotion_model.pth differ in classes, \['Sad', 'A"
+        UserError, match=r"^other.pth and best_emotion_model.pth differ in classes: they cannot"
     ):
         label("other.pth", clips, checkpoint="best_emotion_model.pth")
     save_checkpoint(Path("other.pth"), replace(stored, config=replace(stored.config, duration=0.5)))
-    with pytest.raises(UserError, match=r"differ in duration, 0.5 and 0.4: they cannot be averaged"):
+    with pytest.raises(UserError, match=r"differ in duration: they cannot be averaged"):
         Recognizer("best_emotion_model.pth", "other.pth")
 
 
@@ -447,9 +447,9 @@ def test_timeline_has_a_row_for_every_window_and_a_picture(capsys: Capture) -> N
     pictures = [Path("pictures", name) for name in ("timeline_a.png", "timeline_a_2.png")]
     assert sorted(Path("pictures").iterdir()) == pictures
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
-    result = Recognizer(device="cpu").predict("a.wav", step=0.2)
-    paused = inference.find_pauses(result)
-    assert result.timeline.start[paused].tolist() == pytest.approx([2.0, 2.2, 2.4, 2.6], abs=1e-5)
+    timeline = Recognizer(device="cpu").predict("a.wav", step=0.2).timeline
+    paused = inference.find_pauses(timeline)
+    assert timeline.windows.start[paused].tolist() == pytest.approx([2.0, 2.2, 2.4, 2.6], abs=1e-5)
 
 
 def test_json_and_output_hold_what_the_table_holds(clips: Path, capsys: Capture) -> None:
