@@ -962,9 +962,6 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
     table["clips"] = table.sum(axis=1)
     minutes = clips.groupby("emotion").seconds.sum() / 60
     table["minutes"] = [*minutes.round(1), round(minutes.sum(), 1)]
-    known = clips[clips.speaker != ""]
-    speakers = known.groupby("emotion").speaker.nunique().reindex(minutes.index, fill_value=0)
-    table["speakers"] = [*speakers, known.speaker.nunique()]
     print(table.rename_axis(index=None, columns=None).to_string())
     print(f"\n{describe_corpora(found, clips).to_string()}")
     return 0
