@@ -235,7 +235,10 @@ def parse(
     Raises:
         SystemExit: 2 after one line on stderr if a flag or value is bad, 0 after --help.
     """
+    flags = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word[:2] == "--"]
     known, unknown = parser.parse_known_intermixed_args(argv)
+    if twice := [flag for flag in flags if flags.count(flag) > 1]:
+        parser.error(f"{twice[0]} is given twice")
     if unknown:
         parser.error(_explain(unknown[0], parser))
     names = [field.name for field in dataclasses.fields(Config)]

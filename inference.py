@@ -25,6 +25,7 @@ if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imp
     ARGS = parse(parser)
 
 import contextlib
+import csv
 import glob
 import io
 import itertools
@@ -331,23 +332,20 @@ def report_odd(results: Mapping[str, Prediction | AudioError]) -> int:
     return len(failures)
 
 
-def to_rows(name: str, result: Prediction, *, abstain: bool) -> pd.DataFrame:
+def to_rows(name: str, result: Prediction, *, abstain: bool) -> list[dict[str, Any]]:
     """The rows of a file: one, or one for each window of a timeline; times with two decimals, the rest four.
 
     There is no label for what is far from the training data, if we may abstain.
     """
-    if result.timeline is None:
-        about = {"emotion": result.emotion, "confidence": result.confidence}
-        about |= {"seconds": result.seconds, "distance": result.distance}
-        rows = pd.DataFrame([about | result.probabilities])
-    else:
-        rows = result.timeline.windows.copy()
-    rows.insert(0, "filename", name)
-    if abstain:
-        rows.loc[rows.distance > 1, "emotion"] = ""
-    coarse = rows.columns.intersection(["start", "end", "seconds", "distance"])
-    rows[coarse] = rows[coarse].round(2)
-    return rows.round(4)
+    about: dict[Any, Any] = {"emotion": result.emotion, "confidence": result.confidence}
+    about |= {"seconds": result.seconds, "distance": result.distance} | result.probabilities
+    rows = [about] if result.timeline is None else result.timeline.windows.to_dict("records")
+    places = dict.fromkeys(("start", "end", "seconds", "distance"), 2)
+    for row in rows:
+        if abstain and row["distance"] > 1:
+            row["emotion"] = ""
+        row |= {key: round(value, places.get(key, 4)) for key, value in row.items() if key != "emotion"}
+    return [{"filename": name, **row} for row in rows]
 
 
 def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: Config, flags: Any) -> int:  # noqa: ANN401
@@ -360,6 +358,10 @@ def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: C
     step = (flags.step or recognizer.cfg.duration) if flags.timeline else 0.0
     predictions = recognizer.predict_files([path for path, _ in names], step=step)
     stream: Any = io.StringIO() if flags.output else sys.stdout
+    times = ["start", "end", "emotion", "confidence"] if step else ["emotion", "confidence", "seconds"]
+    table = csv.DictWriter(stream, ["filename", *times, "distance", *recognizer.labels], lineterminator="\n")
+    if not flags.json:
+        table.writeheader()
     results: dict[str, Prediction | AudioError] = {}
     pictures: Counter[str] = Counter()
     n_rows = 0
@@ -370,11 +372,11 @@ def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: C
         results[name] = result._replace(timeline=None)
         shown = printable(name) if stream.isatty() else name  # a name must not steer a terminal
         rows = to_rows(shown, result, abstain=flags.abstain)
-        if flags.json:
-            stream.writelines(json.dumps(row) + "\n" for row in rows.to_dict("records"))
-        else:
-            rows.to_csv(stream, index=False, header=n_rows == 0, lineterminator="\n")
         n_rows += len(rows)
+        if flags.json:
+            stream.writelines(json.dumps(row) + "\n" for row in rows)
+        else:
+            table.writerows(rows)
         if result.timeline is not None:
             stem = Path(name).stem[:60]  # a path must not become too long
             pictures[stem] += 1

@@ -450,8 +450,8 @@ def _open_array(samples: npt.NDArray[Any], rate: float | None) -> Iterator[Sourc
         raise AudioError(f"samples of {samples.dtype}: must be float in [-1, 1], int16 or int32")
     if samples.ndim not in {1, 2} or (samples.ndim == 2 and 0 < len(samples) < samples.shape[1]):
         raise AudioError(f"samples of shape {samples.shape}: must be (n,) or (n, channels), channels last")
-    if rate is None:
-        raise AudioError("an array needs its sampling rate")
+    if rate is None or not 0 < rate < math.inf:
+        raise AudioError(f"rate = {rate}: an array needs its sampling rate in Hz")
     scale = np.float32(2.0 ** (1 - bits) if kind == "i" else 1)
     columns, place = samples if samples.ndim == 2 else samples[:, None], 0
 
@@ -511,8 +511,11 @@ def _open_ffmpeg(path: Path) -> Iterator[Source]:
     program = shutil.which("ffmpeg")
     if program is None:
         raise AudioError("unknown format: install ffmpeg, or convert it to wav")
-    # Local files alone: a playlist must not make it fetch others.
-    inputs = [*"-nostdin -v quiet -protocol_whitelist file -i".split(), f"file:{path.absolute()}"]
+    # Local files alone: a playlist must not make it fetch others. At most ten minutes of processor time.
+    inputs = [
+        *"-nostdin -v quiet -timelimit 600 -protocol_whitelist file -i".split(),
+        f"file:{path.absolute()}",
+    ]
     command = [program, *inputs, *"-map 0:a:0 -c:a pcm_f32be -f au pipe:1".split()]
     # In a process group of its own, or Ctrl-C would end it before we know of it.
     with subprocess.Popen(command, stdout=subprocess.PIPE, process_group=0) as process:
@@ -869,7 +872,7 @@ def load_corpus(cfg: Config, mfcc: MFCC, found: pd.DataFrame | None = None) -> p
 
 
 def describe_corpora(found: pd.DataFrame, clips: pd.DataFrame) -> pd.DataFrame:
-    """A row per corpus: its speakers, and what became of the clips that find_clips found.
+    """A row per corpus: its speakers, what became of the clips that find_clips found, and the same audio.
 
     `clips` are those that load_corpus could use.
     """
@@ -877,6 +880,10 @@ def describe_corpora(found: pd.DataFrame, clips: pd.DataFrame) -> pd.DataFrame:
     table = pd.crosstab(found.corpus, found.left_out.where(found.left_out != "", used))
     speakers = found[found.speaker != ""].groupby("corpus").speaker.nunique()
     table.insert(0, "speakers", speakers.reindex(table.index, fill_value=0))
+    doubled = clips.duplicated(["corpus", "audio_hash"], keep=False)
+    shared = clips.groupby("audio_hash").corpus.transform("nunique") > 1
+    for column, rows in {"same audio": doubled, "in other corpora": shared}.items():
+        table[column] = clips.corpus[rows].value_counts().reindex(table.index, fill_value=0)
     return table.rename_axis(index=None, columns=None)
 
 

@@ -46,12 +46,14 @@ from prepare import AUDIO_SUFFIXES, MFCC, AudioError, extract, map_files, mfcc_c
 
 # ---- kills -----------------------------------------------------------------------------------------------
 
-COMMON = "--data_dir ../data --device cpu --num_workers 2"
-TINY = (
-    "--sample_rate 8000 --duration 0.3 --n_fft 256 --hop_length 128 --n_mels 20 --n_mfcc 8 "
-    "--conv_channels 4 --conv_blocks 2 --gru_hidden 4 --epochs 8 --min_steps 1 --precision float32 "
-    "--learning_rate 0.01"
-)
+COMMON = "--data_dir ../data --num_workers 2"
+TINY = "--sample_rate 8000 --duration 0.3 --n_fft 256 --hop_length 128 --n_mels 20 --n_mfcc 8"
+FLAGS = {
+    "prepare": TINY,
+    "train": f"{TINY} --conv_channels 4 --conv_blocks 2 --gru_hidden 4 --epochs 8 --min_steps 1 --device cpu "
+    "--precision float32 --learning_rate 0.01",
+    "inference": "--device cpu",
+}
 VARIANTS = ("--ensemble 1", "--ensemble 2 --seed 1")  # in one process, and each network in its own
 ALONE = {"prepare": 0.7, "train": 0.05, "inference": 0.7}  # share of the starts that nothing disturbs
 
@@ -69,8 +71,8 @@ def write_corpus(folder: Path) -> None:
 def start(script: str, home: Path, flags: str) -> BaseProcess:
     """Start a script as its command line does, in a session of its own to tell its workers from others."""
     (home / "log").write_bytes(b"")
-    flags = f"{COMMON} {'' if script == 'inference' else f'{TINY} {flags}'}"
-    process = multiprocessing.get_context("fork").Process(target=_be, args=(script, home, flags.split()))
+    words = f"{COMMON} {FLAGS[script]} {flags if script == 'train' else ''}".split()
+    process = multiprocessing.get_context("fork").Process(target=_be, args=(script, home, words))
     process.start()
     return process
 

@@ -102,6 +102,7 @@ def test_rule_allows_its_bound_and_refuses_just_outside(
     [
         (["--epochs=0"], "epochs = 0: must be at least 1"),
         (["--epochs", "many"], "argument --epochs: invalid int value: 'many'"),
+        (["--epochs=3", "--seed=1", "--epochs=4"], "--epochs is given twice"),
         (["--learnig_rate=1"], "unknown argument --learnig_rate=1: did you mean --learning_rate?"),
         (["--lr", "1"], "unknown argument --lr: did you mean --learning_rate?"),
         (["--epoch=3"], "unknown argument --epoch=3: did you mean --epochs?"),  # no abbreviations

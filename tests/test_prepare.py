@@ -845,9 +845,9 @@ def test_script_prints_the_table_and_names_odd_files(tmp_path: Path) -> None:
     assert rows[2][:4] == ["Sad", "25", "2", "27"]
     assert rows[4][:4] == ["total", "75", "2", "77"]
     assert [*rows[-3:]] == [
-        "speakers unreadable used".split(),
-        "RAVDESS speech 5 0 75".split(),
-        "other 0 6 2".split(),
+        "speakers unreadable used same audio in other corpora".split(),
+        "RAVDESS speech 5 0 75 0 0".split(),
+        "other 0 6 2 0 0".split(),
     ]
     lines = answer.stderr.splitlines()
     assert lines[:6] == [
