@@ -69,7 +69,7 @@ class Config:
     # ---- training ---------------------------------------------------------------------------------------
     batch_size: int = 64  # clips per step
     epochs: int = 40  # at most; early stopping may end training sooner
-    min_steps: int = 100  # steps per epoch at least: small data sets are repeated within an epoch
+    min_steps: int = 25  # steps per epoch at least: small data sets are repeated within an epoch
     learning_rate: float = 3e-3  # of AdamW
     warmup: int = 2  # epochs in which the learning rate rises linearly to its full value
     weight_decay: float = 2e-2  # L2 (decoupled, as AdamW has it), on weight matrices alone

@@ -329,6 +329,9 @@ class EmotionCNNGRU(nn.Module):
         # 1 for the row from which the level of the loudest frame is taken away, the first, where loudness
         # must not decide.
         self.level = nn.Buffer(torch.zeros(cfg.n_features, 1))
+        # How far below the loudest frame others still count in the window's mean, as a first coefficient: 30
+        # dB where recordings of any kind come, so that silence and the noise in it do not shift the mean.
+        self.depth = 30 * math.sqrt(cfg.n_mels) if cfg.recordings == "any" else math.inf
         widths = [cfg.n_features, *(cfg.conv_channels * (2 + block) // 2 for block in range(cfg.conv_blocks))]
         # Over time alone, but as images of one line: PyTorch has faster kernels for these.
         self.conv = nn.Sequential(
@@ -365,7 +368,8 @@ class EmotionCNNGRU(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, F, T) float32, as MFCC gives them -> logits (B, C) float32."""
         x = (self.remove_level(features) - self.mean) / self.std  # (B, F, T)
-        x = x - self.cmn * x.mean(dim=2, keepdim=True)
+        loud = (features[:, :1] >= features[:, :1].amax(dim=2, keepdim=True) - self.depth).float()
+        x = x - self.cmn * (x * loud).sum(dim=2, keepdim=True) / loud.sum(dim=2, keepdim=True)
         x = x[:, :, None].to(memory_format=torch.channels_last)  # (B, F, 1, T)
         x = self.conv(x)[:, :, 0]  # (B, channels, T / 2 ** conv_blocks)
         states = self.gru(x.transpose(1, 2))[0].float()  # (B, T', 2 * gru_hidden)
