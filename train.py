@@ -83,7 +83,6 @@ from model import (
 from prepare import (
     MFCC,
     FeatureCache,
-    FloatArray,
     clip_name,
     emotion_of,
     load_corpus,
@@ -635,20 +634,18 @@ def out_of_fold(
 ) -> tuple[pd.DataFrame, Tensor, Tensor]:
     """The validation clips, as judged by the networks that did not train on them.
 
-    Args:
-        networks: Of each one the clips with its parts, and the state that fit wrote.
+    `networks` are of each one the clips with its parts, and the state that fit wrote.
 
     Returns:
         The rows of the clips, their mean probabilities (N, C), and how many networks these are of, (N, 1).
     """
-    clips = networks[0][0]
-    total, count = torch.zeros(len(clips), clips.emotion.nunique()), torch.zeros(len(clips), 1)
-    for table, state in networks:
-        is_val = torch.tensor((table.part == "val").tolist())
-        total[is_val] += state["kept"]["val_probabilities"]
-        count[is_val] += 1
-    rows = count[:, 0] > 0
-    return clips[rows.numpy()].reset_index(drop=True), (total / count)[rows], count[rows]
+    judged = pd.concat(
+        pd.DataFrame(state["kept"]["val_probabilities"].numpy(), clips.index[clips.part == "val"])
+        for clips, state in networks
+    ).groupby(level=0)
+    mean, count = judged.mean(), torch.tensor(judged.size().to_numpy())
+    validated = networks[0][0].loc[mean.index].reset_index(drop=True)
+    return validated, torch.tensor(mean.to_numpy()), count[:, None]
 
 
 def softening(n_networks: float | Tensor) -> Any:  # noqa: ANN401 - as what comes in
@@ -707,14 +704,14 @@ def report(
     }
     predictions = validated
     if len(validated):
-        metrics["val"] = score(validated, checkpoint.labels)
+        metrics["val"] = score(validated)
     test = clips[clips.part == "test"].reset_index(drop=True)
     if len(test):
         loader = make_loader(test, checkpoint.labels, FeatureCache(cfg, model.mfcc), cfg)
         predictions = make_predictions(test, checkpoint.labels, evaluate(model, loader)[0])
-        metrics["test"] = score(predictions, checkpoint.labels)
+        metrics["test"] = score(predictions)
     save_json(run_dir / "metrics.json", metrics)
-    save_predictions(run_dir, predictions, checkpoint.labels)
+    save_predictions(run_dir, predictions)
     for part, title in PART_TITLES.items():
         if part in metrics:
             say(f"\n{title}\n" * ("val" in metrics) + describe_scores(metrics[part]))
@@ -736,18 +733,29 @@ def make_predictions(clips: pd.DataFrame, labels: Sequence[str], probabilities: 
     return clips[["path", "emotion", "corpus", "speaker"]].assign(predicted=predicted, **columns)
 
 
-def score(predictions: pd.DataFrame, labels: Sequence[str]) -> dict[str, Any]:
-    """Accuracy, unweighted average recall (UAR), macro F1 and calibration error; per class and per corpus."""
+def confidence_of(predictions: pd.DataFrame) -> "pd.Series[float]":
+    """The probability of the predicted class of each clip."""
+    return predictions.filter(like="p(").astype(float).max(axis=1)
+
+
+SCORES = {
+    "accuracy": "accuracy",
+    "uar": "unweighted average recall",
+    "macro_f1": "macro F1",
+    "calibration_error": "calibration error",
+}
+
+
+def score(predictions: pd.DataFrame) -> dict[str, Any]:
+    """The scores of all clips, with intervals, of each class that occurs, and of each corpus."""
     from sklearn.metrics import classification_report  # noqa: PLC0415 - takes seconds
 
+    true, labels = predictions.emotion, sorted(set(predictions.emotion))
     per_class = classification_report(
-        predictions.emotion, predictions.predicted, labels=labels, output_dict=True, zero_division=0
+        true, predictions.predicted, labels=labels, output_dict=True, zero_division=0
     )
-    probabilities = predictions[[f"p({label})" for label in labels]].to_numpy()
-    right = (predictions.emotion == predictions.predicted).to_numpy()
     return {
         **summarize(predictions),
-        "calibration_error": calibration_error(probabilities.max(axis=1), right),
         "intervals": bootstrap(predictions),
         "per_class": {label: per_class[label] for label in labels},
         "per_corpus": {str(name): summarize(group) for name, group in predictions.groupby("corpus")},
@@ -755,7 +763,7 @@ def score(predictions: pd.DataFrame, labels: Sequence[str]) -> dict[str, Any]:
 
 
 def summarize(predictions: pd.DataFrame) -> dict[str, float]:
-    """Accuracy, UAR and macro F1, the last two over the classes that occur, and the number of clips."""
+    """SCORES, those of classes as means over the classes that occur, and the number of clips."""
     from sklearn.metrics import f1_score, recall_score  # noqa: PLC0415
 
     true, predicted = predictions.emotion, predictions.predicted
@@ -764,6 +772,7 @@ def summarize(predictions: pd.DataFrame) -> dict[str, float]:
         "accuracy": float((true == predicted).mean()),
         "uar": float(recall_score(true, predicted, **macro)),
         "macro_f1": float(f1_score(true, predicted, **macro)),
+        "calibration_error": calibration_error(confidence_of(predictions), true == predicted),
         "clips": len(predictions),
     }
 
@@ -808,16 +817,13 @@ def resample(predictions: pd.DataFrame, unit: "pd.Series[str]", *, draws: int = 
     return pd.DataFrame(scores)
 
 
-def calibration_error(confidence: FloatArray, right: Any, *, n_bins: int = 15) -> float:  # noqa: ANN401
+def calibration_error(confidence: Any, right: Any, *, n_bins: int = 15) -> float:  # noqa: ANN401
     """Expected calibration error (ECE, arXiv:1706.04599): how far confidence and accuracy are apart.
 
     Of the probability of each clip's predicted class, (N,), and whether it is right, (N,).
     """
     bins = np.minimum((confidence * n_bins).astype(int), n_bins - 1)
     return float(np.abs(np.bincount(bins, weights=confidence - right)).sum() / len(right))
-
-
-SCORES = {"accuracy": "accuracy", "uar": "unweighted average recall", "macro_f1": "macro F1"}
 
 
 def describe_scores(scores: dict[str, Any]) -> str:
@@ -827,11 +833,11 @@ def describe_scores(scores: dict[str, Any]) -> str:
         low, high = scores["intervals"].get(name, (0, 0))
         interval = f"  95 % interval over speakers {low:.1%} to {high:.1%}" if high else ""
         lines.append(f"{text:27}{scores[name]:6.1%}{interval}")
-    lines.append(f"{'calibration error':27}{scores['calibration_error']:6.1%}")
     if not scores["intervals"]:
         lines.append("no intervals: they need five speakers or more, all known (see --manifest, --folds)")
     per_class = pd.DataFrame(scores["per_class"]).T.rename(columns={"f1-score": "F1", "support": "clips"})
-    per_corpus = pd.DataFrame(scores["per_corpus"]).T.rename(columns={"uar": "UAR", "macro_f1": "F1"})
+    names = {"uar": "UAR", "macro_f1": "F1", "calibration_error": "ECE"}
+    per_corpus = pd.DataFrame(scores["per_corpus"]).T.rename(columns=names)
     for table in (per_class, per_corpus):
         formats: dict[str, Any] = dict.fromkeys(table.columns, "{:.1%}".format) | {"clips": "{:.0f}".format}
         lines.append(table.rename(printable).to_string(formatters=formats))
@@ -851,12 +857,12 @@ def save_table(path: Path, table: pd.DataFrame) -> None:
     save_file(path, table.to_csv(index=False, quoting=1).encode("utf-8", "surrogateescape"))
 
 
-def save_predictions(run_dir: Path, predictions: pd.DataFrame, labels: Sequence[str]) -> None:
+def save_predictions(run_dir: Path, predictions: pd.DataFrame) -> None:
     """Write predictions.csv, draw its figures, and write a page to listen to the mistakes."""
     save_table(run_dir / "predictions.csv", predictions)
-    save_figure(run_dir / "confusion_matrix.png", lambda: plot_confusion(predictions, labels))
-    save_figure(run_dir / "scores.png", lambda: plot_scores(predictions, labels))
-    save_view(run_dir / "mistakes.html", lambda: mistakes_page(run_dir, predictions, labels))
+    save_figure(run_dir / "confusion_matrix.png", lambda: plot_confusion(predictions))
+    save_figure(run_dir / "scores.png", lambda: plot_scores(predictions))
+    save_view(run_dir / "mistakes.html", lambda: mistakes_page(run_dir, predictions))
 
 
 def save_json(path: Path, content: dict[str, Any]) -> None:
@@ -864,21 +870,19 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
     save_file(path, json.dumps(content, indent=2).encode())
 
 
-def mistakes_page(run_dir: Path, predictions: pd.DataFrame, labels: Sequence[str]) -> bytes:
+def mistakes_page(run_dir: Path, predictions: pd.DataFrame) -> bytes:
     """HTML with the clips that are wrong, the surest first, and a player for each.
 
     The data go in as JSON without a `<`, so that no name can end the script that holds them.
     """
-    wrong = predictions[predictions.emotion != predictions.predicted]
+    wrong = predictions.assign(confidence=confidence_of(predictions))
+    wrong = wrong[wrong.emotion != wrong.predicted].sort_values("confidence", ascending=False, kind="stable")
     links = [Path(os.path.relpath(path, run_dir)).as_posix() for path in wrong.path]
-    wrong = wrong.assign(
-        link=[quote(link, errors="surrogateescape") for link in links],
-        confidence=wrong[[f"p({label})" for label in labels]].max(axis=1),
-    )
-    mistakes = wrong.sort_values("confidence", ascending=False, kind="stable").to_dict("records")
-    data = json.dumps({"clips": len(predictions), "labels": list(labels), "mistakes": mistakes})
+    wrong = wrong.assign(link=[quote(link, errors="surrogateescape") for link in links])
+    labels = sorted({*predictions.emotion, *predictions.predicted})
+    content = {"clips": len(predictions), "labels": labels, "mistakes": wrong.to_dict("records")}
     template = Path(__file__).with_name("assets") / "mistakes.html"
-    return template.read_bytes().replace(b"{{data}}", data.replace("<", "\\u003c").encode())
+    return template.read_bytes().replace(b"{{data}}", json.dumps(content).replace("<", "\\u003c").encode())
 
 
 # ---- figures ---------------------------------------------------------------------------------------------
@@ -908,7 +912,7 @@ def plot_history(history: pd.DataFrame, kept: Sequence[int]) -> Any:  # noqa: AN
     return figure
 
 
-def plot_confusion(predictions: pd.DataFrame, labels: Sequence[str]) -> Any:  # noqa: ANN401
+def plot_confusion(predictions: pd.DataFrame) -> Any:  # noqa: ANN401
     """The confusion matrix, each row the fractions of one true class."""
     from matplotlib.figure import Figure  # noqa: PLC0415
     from sklearn.metrics import ConfusionMatrixDisplay  # noqa: PLC0415
@@ -916,14 +920,14 @@ def plot_confusion(predictions: pd.DataFrame, labels: Sequence[str]) -> Any:  # 
     figure = Figure(figsize=(6.4, 5.8))
     axes = figure.subplots()
     style = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 1}, "colorbar": False, "xticks_rotation": 45}
-    style |= {"normalize": "true", "values_format": ".0%", "labels": labels, "ax": axes}
+    style |= {"normalize": "true", "values_format": ".0%", "ax": axes}
     ConfusionMatrixDisplay.from_predictions(predictions.emotion, predictions.predicted, **style)
     axes.grid(visible=False)
     axes.set(xlabel="predicted", ylabel="true", title=f"{len(predictions):,} clips")
     return figure
 
 
-def plot_scores(predictions: pd.DataFrame, labels: Sequence[str]) -> Any:  # noqa: ANN401
+def plot_scores(predictions: pd.DataFrame) -> Any:  # noqa: ANN401
     """Accuracy of each corpus, and how far confidence can be believed; with 95 % intervals."""
     from matplotlib.figure import Figure  # noqa: PLC0415
     from scipy.stats import binomtest  # noqa: PLC0415
@@ -942,14 +946,14 @@ def plot_scores(predictions: pd.DataFrame, labels: Sequence[str]) -> Any:  # noq
     bars.grid(visible=False, axis="y")
     bars.set(xlim=(0, 1), xlabel=f"95 % interval over {MIN_SPEAKERS} speakers or more", title="accuracy")
 
-    confidence = predictions[[f"p({label})" for label in labels]].max(axis=1)
+    confidence = confidence_of(predictions)
     right = predictions.emotion == predictions.predicted
     for _, inside in right.groupby(pd.cut(confidence, np.linspace(0, 1, 16)), observed=True):
         place, test = confidence[inside.index].mean(), binomtest(int(inside.sum()), len(inside))
         reliability.plot([place, place], test.proportion_ci(method="wilson"), color=BLUE)
         reliability.scatter(place, inside.mean(), 20 + 600 * len(inside) / len(right), color=BLUE)
     reliability.plot([0, 1], [0, 1], color="black", linestyle=":")
-    error = calibration_error(confidence.to_numpy(), right.to_numpy())
+    error = calibration_error(confidence, right)
     reliability.set(xlabel="confidence", ylabel="accuracy", title=f"calibration error {error:.1%}")
     return figure
 
@@ -977,8 +981,7 @@ def cross_validate(
     if rank() > 0:
         return
     predictions = pd.concat(tables, ignore_index=True)
-    labels = [column[2:-1] for column in predictions.columns if column.startswith("p(")]
-    pooled = score(predictions, labels)
+    pooled = score(predictions)
     say(
         f"\nall {len(predictions):,} clips, each by the networks that never saw it\n{describe_scores(pooled)}"
     )
@@ -986,9 +989,9 @@ def cross_validate(
     per_fold = per_fold.drop(columns="clips")
     per_fold = pd.concat([per_fold, per_fold.agg(["mean", "std"])])
     say(f"\n{per_fold.to_string(float_format='{:.1%}'.format)}")
-    scores = {"pooled": pooled, "folds": [score(table, labels) for table in tables], "config": asdict(cfg)}
+    scores = {"pooled": pooled, "folds": [*map(score, tables)], "config": asdict(cfg)}
     save_json(run_dir / "metrics.json", scores)
-    save_predictions(run_dir, predictions, labels)
+    save_predictions(run_dir, predictions)
 
 
 # ---- other models, other clips ---------------------------------------------------------------------------
@@ -1072,11 +1075,9 @@ def read_run(folder: str) -> tuple[dict[str, Any], pd.DataFrame]:
         table.index = pd.Index(keys)
         for column in ("emotion", "predicted"):  # Suprised is Surprised
             table[column] = [emotion_of(label) or label for label in table[column]]
-        numbers = [column for column in table if column.startswith("p(")]
-        table["confidence"] = table[numbers].astype(float).max(axis=1)
         if "val" in metrics and "test" not in metrics:
             note(f"note: {folder} has no test part: its validation clips are compared")
-        return metrics["config"], table[["emotion", "predicted", "speaker", "confidence"]]
+        return metrics["config"], table
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise UserError(f"{folder} holds no finished run: {error}") from None
 
@@ -1104,8 +1105,6 @@ def compare(one: str, other: str) -> None:
     if speakers_known(a):
         unit, units = a.speaker, f"{a.speaker.nunique()} speakers"
     table = pd.DataFrame({one: summarize(a), other: summarize(b)}).loc[list(SCORES)].rename(index=SCORES)
-    errors = [calibration_error(run.confidence, run.emotion == run.predicted) for run in (a, b)]
-    table.loc["calibration error"] = errors
     table["difference"] = table[other] - table[one]
     change = (resample(b, unit) - resample(a, unit)).rename(columns=SCORES)
     table[["95 % from", "to"]] = change.quantile([0.025, 0.975]).T

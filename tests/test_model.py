@@ -454,6 +454,23 @@ def test_network_that_does_not_hear_the_level_ignores_any_gain() -> None:
         torch.testing.assert_close(network(features), network(louder), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("recordings", ["same", "any"])
+def test_silence_does_not_shift_the_mean_of_speech(recordings: str) -> None:
+    """Where any recordings come; frames more than 30 dB below the loudest are silence."""
+    network = EmotionCNNGRU(replace(TINY_CFG, recordings=recordings), n_classes=3).eval()
+    network.cmn[1 : TINY_CFG.n_mfcc] = 1
+    seen: list[Tensor] = []
+    network.conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    speech = noise(4, 24)
+    silence = torch.randn(4, TINY_CFG.n_features, 8, generator=torch.Generator().manual_seed(2))
+    silence[:, 0] = speech[:, 0].min() - 31 * TINY_CFG.n_mels**0.5
+    with torch.inference_mode():
+        network(torch.cat([speech, silence], dim=2))
+        network(torch.cat([speech, silence + (torch.arange(TINY_CFG.n_features) % 2)[:, None]], dim=2))
+    one, other = (inputs[..., :24] for inputs in seen)
+    assert torch.allclose(one, other, atol=1e-5) == (recordings == "any")
+
+
 def test_missing_device_is_refused_by_name() -> None:
     """Never another device in silence."""
     with pytest.raises(UserError, match="device = 'cuda:99': not on this machine"):
