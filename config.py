@@ -167,7 +167,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "epochs min_steps patience": (lambda v: v >= 1, "at least 1"),
     "batch_size gru_hidden": (lambda v: v >= 2, "at least 2"),
     "sample_rate": (lambda v: 1000 <= v <= 768_000, "1,000 to 768,000"),
-    "seed warmup lr_patience": (lambda v: v >= 0, "at least 0"),
+    "seed": (lambda v: 0 <= v < 2**31, "0 to 2,147,483,647"),
+    "warmup lr_patience": (lambda v: v >= 0, "at least 0"),
     "num_workers": (lambda v: v >= -1, "at least -1"),
     "dropout conv_dropout test_fraction label_smoothing ema_decay vtlp tempo": (
         lambda v: 0 <= v < 1,

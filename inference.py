@@ -204,7 +204,7 @@ class Recognizer:
 
         owners: list[int] = []
         ends: list[float] = []
-        of_windows: list[Tensor] = []  # (models, windows of a block, C + 1)
+        of_windows: list[Tensor] = []  # (models, windows of a block, C + 1): probabilities, then distance
         stream = windows()
         while block := list(itertools.islice(stream, BLOCK)):
             owners += [number for number, _, _ in block]
@@ -214,7 +214,8 @@ class Recognizer:
             of_windows.append(torch.stack([model.judge(features) for model in self.models]).cpu())
         if not owners:
             return list(failures.values())
-        owner, end, judged = torch.tensor(owners), torch.tensor(ends), torch.cat(of_windows, dim=1)
+        owner, end = torch.tensor(owners), torch.tensor(ends, dtype=torch.double)
+        judged = torch.cat(of_windows, dim=1)
         return [
             failures.get(number) or self._sum_up(recording, end[owner == number], judged[:, owner == number])
             for number, recording in enumerate(recordings)
@@ -234,8 +235,8 @@ class Recognizer:
             return result
         probabilities = pd.DataFrame(self._calibrate(judged).double().numpy(), columns=self.labels)
         about = {
-            "start": (end.double() - self.cfg.duration).clamp(min=0).numpy(),
-            "end": end.double().numpy(),
+            "start": (end - self.cfg.duration).clamp(min=0).numpy(),
+            "end": end.numpy(),
             "emotion": probabilities.idxmax(axis=1),
             "confidence": probabilities.max(axis=1),
             "distance": judged[:, :, -1].mean(dim=0).double().numpy(),
@@ -305,7 +306,11 @@ def expand_paths(arguments: Sequence[str], stdin: Path | None = None) -> list[Pa
 
 @contextlib.contextmanager
 def spool_stdin() -> Iterator[Path]:
-    """A temporary file with what comes through standard input: a decoder has to go back and forth in it."""
+    """A temporary file with what comes through standard input: a decoder has to go back and forth in it.
+
+    Raises:
+        UserError: Standard input is a terminal.
+    """
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("-: standard input holds no file: pass one with `< clip.wav`")
     with tempfile.TemporaryDirectory() as scratch:
@@ -359,29 +364,31 @@ def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: C
     predictions = recognizer.predict_files([path for path, _ in names], step=step)
     stream: Any = io.StringIO() if flags.output else sys.stdout
     times = ["start", "end", "emotion", "confidence"] if step else ["emotion", "confidence", "seconds"]
-    table = csv.DictWriter(stream, ["filename", *times, "distance", *recognizer.labels], lineterminator="\n")
+    header = ["filename", *times, "distance", *recognizer.labels]
+    shown = printable if stream.isatty() else str  # a name must not steer a terminal
+    table = csv.writer(stream, lineterminator="\n")
     if not flags.json:
-        table.writeheader()
+        table.writerow(map(shown, header))
     results: dict[str, Prediction | AudioError] = {}
-    pictures: Counter[str] = Counter()
+    pictures: set[str] = set()
     n_rows = 0
     for (_, name), (_, result) in zip(names, predictions, strict=True):
         if isinstance(result, AudioError):
             results[name] = result
             continue
         results[name] = result._replace(timeline=None)
-        shown = printable(name) if stream.isatty() else name  # a name must not steer a terminal
-        rows = to_rows(shown, result, abstain=flags.abstain)
+        rows = to_rows(name, result, abstain=flags.abstain)
         n_rows += len(rows)
         if flags.json:
             stream.writelines(json.dumps(row) + "\n" for row in rows)
         else:
-            table.writerows(rows)
+            table.writerows([shown(str(row[column])) for column in header] for row in rows)
         if result.timeline is not None:
             stem = Path(name).stem[:60]  # a path must not become too long
-            pictures[stem] += 1
-            number = f"_{pictures[stem]}" if pictures[stem] > 1 else ""
-            path = Path(cfg.run_dir, f"timeline_{stem}{number}.png")
+            numbered = (f"{stem}_{number}" for number in itertools.count(2))
+            own = next(text for text in itertools.chain([stem], numbered) if text.lower() not in pictures)
+            pictures.add(own.lower())
+            path = Path(cfg.run_dir, f"timeline_{own}.png")
             if save_figure(path, partial(plot_timeline, result.timeline, recognizer.labels, name)):
                 note(f"picture of {name}: {path}")
     if flags.output:
@@ -522,7 +529,7 @@ def check_flags(flags: Any) -> None:  # noqa: ANN401 - argparse.Namespace
 
 def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
     """Label a test folder for a submission, or the files named."""
-    # Behind `--checkpoint a.pth` the words are clips, but those that end in .pth: they are models too.
+    # --checkpoint takes one value: of `--checkpoint a.pth b.pth` the second is among the paths.
     more = [path for path in flags.paths if path.endswith(".pth")]
     flags.paths = [path for path in flags.paths if path not in more]
     check_flags(flags)
@@ -530,12 +537,12 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
         make_demo(Path(cfg.data_dir))
     torch.set_num_threads(1)  # the cores belong to the workers, which are forked
     # The test folder of a competition is recorded as its training clips are.
-    asked: list[str | Path] = [own_or_bundled("any" if flags.paths or flags.export else "same")]
+    models: list[str | Path] = [own_or_bundled("any" if flags.paths or flags.export else "same")]
     if flags.demo or hasattr(flags, "checkpoint"):
-        asked = [cfg.checkpoint]
+        models = [cfg.checkpoint]
     elif more:
         raise UserError(f"{more[0]} is a model: name models with --checkpoint")
-    recognizer = Recognizer(*asked, *more, device=cfg.device, num_workers=cfg.num_workers)
+    recognizer = Recognizer(*models, *more, device=cfg.device, num_workers=cfg.num_workers)
     for path, checkpoint in zip(recognizer.paths, recognizer.checkpoints, strict=True):
         note(f"model: {path}, {checkpoint.summary}")
     is_bundled = recognizer.paths[0] in PRETRAINED.values()

@@ -322,7 +322,7 @@ class EmotionCNNGRU(nn.Module):
         # as much as the loudness contour, which costs accuracy (assets/experiments.md).
         self.mean = nn.Buffer(torch.zeros(cfg.n_features, 1))
         self.std = nn.Buffer(torch.ones(()))
-        # 1 for the rows of which each window's own mean is taken away, all MFCC but the first (loudness):
+        # 1 for the rows of which each window's own mean (see depth) is taken away, all MFCC but the first:
         # cepstral mean normalisation (CMN; Atal 1974, J. Acoust. Soc. Am. 55:1304). It hides voice and
         # microphone, so that networks with and without it err differently, most of all on new speakers.
         self.cmn = nn.Buffer(torch.zeros(cfg.n_features, 1))

@@ -73,7 +73,8 @@ EXTRA_LABELS = frozenset({"Calm", "Bored"})  # that few corpora have
 _BY_CODE = {name: emotion for emotion, names in _NAMES.items() for name in names.split()}
 _BY_WORD = {name.lower(): emotion for name, emotion in _BY_CODE.items() if len(name) > 2}
 
-# How the common corpora name their files.
+# How the common corpora name their files. A new one also needs its codes in _NAMES, and its folders in
+# _NO_EMOTION where they are named after speakers.
 _CORPORA = {
     "CREMA-D": r"(?P<speaker>1\d{3})_[A-Z]{3}_(?P<code>ANG|DIS|FEA|HAP|NEU|SAD)_(?:LO|MD|HI|XX?)",
     "RAVDESS speech": r"03-01-(?P<code>0[1-8])-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",
@@ -117,7 +118,7 @@ def find_clips(cfg: Config) -> pd.DataFrame:
 
     A clip's label is what the manifest says, else the name of its top folder. File names decide instead where
     most of those below a folder fit the convention of a corpus and tell something else. Labels of one
-    meaning become one class, spelled as most folders do. Copies of a clip of a corpus are recognised by name.
+    meaning become one class, spelled as for most clips. Copies of a clip of a corpus are recognised by name.
 
     Returns:
         Columns path, emotion, corpus ("other" where no convention fits), speaker ("" where the name does not
@@ -235,13 +236,13 @@ def _check_folders(clips: pd.DataFrame, root: Path) -> None:
         if is_odd:
             example = Path(rows.path[~rows.by_name].iloc[0]).name
             raise UserError(
-                f"{folder} in {root} is no emotion, and file names as {example} tell none: "
+                f"{folder} in {root} is no emotion, and file names as {example} do not decide: "
                 "put the clips into one folder per emotion, or list them in a --manifest"
             )
 
 
 def _spell(labels: "pd.Series[str]", by_name: "pd.Series[bool]") -> "pd.Series[str]":
-    """The class of each clip: labels of one meaning are one class, spelled as most folders spell it."""
+    """The class of each clip: labels of one meaning are one class, spelled as for most of its clips."""
     meanings = labels.map(lambda label: emotion_of(label) or label)
     spelling = labels[~by_name].groupby(meanings).agg(lambda same: same.mode()[0])
     classes = meanings.map(lambda meaning: spelling.get(meaning, meaning))
@@ -255,11 +256,12 @@ def _leave_out(clips: pd.DataFrame, cfg: Config) -> "pd.Series[str]":
     """Why each clip, sorted by name, is not used; "" if it is."""
     reason = pd.Series("", index=clips.index, dtype=object)
     if cfg.extra_labels == "drop":
-        reason[clips.by_name & clips.emotion.isin(EXTRA_LABELS)] = "extra label"
-    stems = clips.assign(stem=[Path(name).stem for name in clips.name])
-    copies = stems.duplicated(["stem", "emotion"], keep="last")  # the last is the wav beside an mp3
-    reason[copies & (clips.corpus != "other")] = "copy"
+        reason[clips.by_name & clips.emotion.map(emotion_of).isin(EXTRA_LABELS)] = "extra label"
     reason[clips.emotion == ""] = "no label"
+    rest = clips[(reason == "") & (clips.corpus != "other")]
+    stems = rest.assign(stem=[Path(name).stem for name in rest.name])
+    copies = stems.duplicated(["stem", "emotion"], keep="last")  # the last is the wav beside an mp3
+    reason[rest.index[copies]] = "copy"
     return reason
 
 
@@ -268,7 +270,8 @@ def _explain(clips: pd.DataFrame) -> None:
     for corpus, rows in clips[clips.by_name & (clips.left_out == "")].groupby("corpus"):
         codes = rows.drop_duplicates("code").sort_values("code")
         text = ", ".join(codes.code + " = " + codes.emotion)
-        note(f"note: {corpus}: labels from file names, not folders (--labels_from folders): {text}")
+        instead = ", not folders (--labels_from folders)" if any(rows.folder) else ""
+        note(f"note: {corpus}: labels from file names{instead}: {text}")
     for reason, text in {
         "copy": "further copies of clips, by their names, are left out",
         "extra label": "clip(s) of calm or boredom are left out (--extra_labels keep takes them)",
@@ -295,13 +298,13 @@ def read_manifest(path: Path, root: Path) -> pd.DataFrame:
     if "filename" not in table or not known:
         seen = ", ".join(map(str, table.columns))
         raise UserError(f"manifest {path}: needs a header with filename and emotion or speaker, has {seen}")
-    table = table[["filename", *known]].drop_duplicates()
-    for name, value in zip(table.filename, table[known[0]], strict=True):
+    for line, (name, value) in enumerate(zip(table.filename, table[known[0]], strict=True), start=2):
         if not (name and value):
-            raise UserError(f"manifest {path}: each line needs filename and {known[0]}")
+            raise UserError(f"manifest {path}, line {line}: needs filename and {known[0]}")
         if ".." in Path(name).parts or Path(name).is_absolute() or not (root / name).is_file():
-            raise UserError(f"manifest {path}: {name!r} is no file in {root}")
-    table.index = pd.Index([str(root / name) for name in table.filename], dtype=object)
+            raise UserError(f"manifest {path}, line {line}: {name!r} is no file in {root}")
+    table["filename"] = [str(root / name) for name in table.filename]
+    table = table[["filename", *known]].drop_duplicates().set_index("filename")
     if table.index.has_duplicates:
         twice = table.index[table.index.duplicated()][0]
         raise UserError(f"manifest {path}: says two things of {twice}")
@@ -446,11 +449,11 @@ class Recording:
 def _open_array(samples: npt.NDArray[Any], rate: float | None) -> Iterator[Source]:
     """Samples in memory, with the numbers that a file of the same samples gives."""
     kind, bits = samples.dtype.kind, 8 * samples.itemsize
-    if kind not in "fi":
+    if kind != "f" and (kind, bits) not in {("i", 16), ("i", 32)}:
         raise AudioError(f"samples of {samples.dtype}: must be float in [-1, 1], int16 or int32")
-    if samples.ndim not in {1, 2} or (samples.ndim == 2 and 0 < len(samples) < samples.shape[1]):
+    if samples.ndim not in {1, 2} or (samples.ndim == 2 and not 0 < samples.shape[1] <= len(samples)):
         raise AudioError(f"samples of shape {samples.shape}: must be (n,) or (n, channels), channels last")
-    if rate is None or not 0 < rate < math.inf:
+    if not isinstance(rate, int | float | np.number) or not 0 < rate < math.inf:
         raise AudioError(f"rate = {rate}: an array needs its sampling rate in Hz")
     scale = np.float32(2.0 ** (1 - bits) if kind == "i" else 1)
     columns, place = samples if samples.ndim == 2 else samples[:, None], 0

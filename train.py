@@ -109,7 +109,7 @@ def make_loader(clips: pd.DataFrame, labels: Sequence[str], cache: FeatureCache,
 
 
 def draw_clips(clips: pd.DataFrame, cfg: Config, seed: int) -> pd.DataFrame:
-    """The clips of an epoch: all, or, where any recordings are to be labelled, so many of each speaker.
+    """The clips of an epoch: all; where any recordings are to be labelled, MAX_PER_SPEAKER of each at most.
 
     TESS has a fifth of all clips from two speakers, whose ways are learnt by heart and then taken for emotion
     in every other clean recording.
@@ -256,8 +256,8 @@ def fit(
     cache, augment = FeatureCache(cfg, mfcc), Augment(copy.deepcopy(mfcc), cfg).to(device)
     train_clips, val_clips = clips[clips.part == "train"], clips[clips.part == "val"]
     val_loader = make_loader(val_clips, labels, cache, cfg)
-    drawn = draw_clips(train_clips, cfg, seed)  # as many of each class, but for chance, as in every epoch
-    weights = class_weights(drawn.emotion, labels)
+    example = draw_clips(train_clips, cfg, seed)  # every epoch has about as many clips of each class
+    weights = class_weights(example.emotion, labels)
     criterion = nn.CrossEntropyLoss(weights, label_smoothing=cfg.label_smoothing).to(device)
 
     torch.manual_seed(seed)
@@ -266,7 +266,7 @@ def fit(
     start_from(init_file(cfg), model, member, labels)
     average = make_average(model, cfg.ema_decay)
     optimizer = make_optimizer(model, cfg)
-    n_steps = len(make_train_loader(drawn, labels, cache, cfg, seed))
+    n_steps = len(make_train_loader(example, labels, cache, cfg, seed))
     warmup, plateau = make_schedules(optimizer, cfg, n_steps)
     parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
     parts |= {"warmup": warmup, "plateau": plateau}

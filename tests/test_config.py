@@ -68,7 +68,7 @@ def test_every_number_has_a_bound() -> None:
         ("batch_size", [2], [1], {}),
         ("sample_rate", [1000], [999], {"duration": 10.0}),
         ("sample_rate", [768_000], [768_001], {"duration": 2.0}),
-        ("seed", [0], [-1], {}),
+        ("seed", [0, 2**31 - 1], [-1, 2**31], {}),
         ("warmup", [0], [-1], {}),
         ("num_workers", [-1, 0], [-2], {}),
         ("dropout", [0, 0.0, BELOW_1], [-ABOVE_0, 1.0], {}),

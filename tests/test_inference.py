@@ -390,6 +390,7 @@ def test_array_equals_a_file_with_the_same_samples(
     [
         (np.zeros((2, 9000)), 8000, r"shape \(2, 9000\): must be \(n,\) or \(n, channels\), channels last"),
         (np.zeros(9000, np.uint8), 8000, "uint8: must be float in"),
+        (np.zeros(9000, np.int64), 8000, "int64: must be float in"),
         (np.zeros(9000), None, "rate = None: an array needs its sampling rate"),
         (np.zeros(9000), 999, "999 Hz: must be 1,000 to 768,000 Hz"),
         (np.zeros(0), 8000, "holds no samples"),

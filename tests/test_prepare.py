@@ -145,7 +145,7 @@ def test_clips_are_those_in_class_folders_by_file_name(tmp_path: Path, capsys: C
         ([os.fsdecode(b"\xff\xfe/a.wav")], "not UTF-8"),
         (
             ["train/a.wav", "Validation/b.wav"],
-            "Validation in .* is no emotion, and file names as b.wav tell none",
+            "Validation in .* is no emotion, and file names as b.wav do not decide",
         ),
         (
             ["Actor_01/a.wav", "Angry/03-01-05-01-01-01-01.wav"],
@@ -352,9 +352,9 @@ def test_manifest_tells_emotions(tmp_path: Path) -> None:
     [
         (b"\xff\xfe\x00", "decode"),
         (b"path,who\na.wav,x\n", "header with filename and emotion or speaker, has path, who"),
-        (b"filename,emotion\na.wav,x\na.wav,y\n", "says two things of .*a.wav"),
-        (b"filename,emotion,speaker\na.wav,,y\n", "each line needs filename and emotion"),
-        (b"filename,speaker\na.wav,x\n,y\n", "each line needs filename and speaker"),
+        (b"filename,emotion\na.wav,x\n./a.wav,y\n", "says two things of .*a.wav"),
+        (b"filename,emotion,speaker\na.wav,,y\n", "line 2: needs filename and emotion"),
+        (b"filename,speaker\na.wav,x\n,y\n", "line 3: needs filename and speaker"),
         (b"filename,speaker\n/etc/hosts,x\n", "/etc/hosts.* is no file in"),
         (b"filename,speaker\nb/../../a.wav,x\n", "is no file in"),
         (b"filename,speaker\nb.wav,x\n", "b.wav.* is no file in"),
