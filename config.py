@@ -264,6 +264,8 @@ def _explain(argument: str, parser: argparse.ArgumentParser) -> str:
     if name in Config.__dataclass_fields__:
         why = "" if name in RUNTIME_FIELDS else ": what it sets is settled when train.py runs"
         return f"--{name} has no effect on this script{why}"
+    if Path(argument).exists():  # its name begins with a dash
+        return f"unknown argument {argument}: if it is a file, name it ./{argument}"
     initials = {"".join(word[0] for word in flag.split("_")): flag for flag in flags if "_" in flag}
     hint = next(iter([*filter(None, [initials.get(name)]), *difflib.get_close_matches(name, flags)]), "")
     return f"unknown argument {argument}" + (f": did you mean --{hint}?" if hint else "")
