@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import difflib
 import inspect
+import io
 import os
 import re
 import signal
@@ -286,10 +287,6 @@ def note(message: str) -> None:
             print(printable(message), file=sys.stderr, flush=True)
 
 
-class Interrupted(KeyboardInterrupt):
-    """SIGTERM, so that it ends a run the way Ctrl-C does."""
-
-
 def _interrupt(signum: int, _frame: object) -> NoReturn:
     started = time.monotonic()
 
@@ -299,7 +296,7 @@ def _interrupt(signum: int, _frame: object) -> NoReturn:
 
     signal.signal(signal.SIGINT, again)
     signal.signal(signal.SIGTERM, again)
-    raise Interrupted if signum == signal.SIGTERM else KeyboardInterrupt
+    raise KeyboardInterrupt(128 + signum)  # SIGTERM ends a run the way Ctrl-C does
 
 
 def run(main: Callable[..., int], *args: object) -> int:
@@ -311,6 +308,8 @@ def run(main: Callable[..., int], *args: object) -> int:
     for signum in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(signum) is not signal.SIG_IGN:  # a background job of a shell ignores SIGINT
             signal.signal(signum, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
+        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale
     try:
         code = main(*args)
         sys.stdout.flush()
@@ -319,7 +318,7 @@ def run(main: Callable[..., int], *args: object) -> int:
         return error.code
     except KeyboardInterrupt as error:
         note("interrupted")
-        return 143 if isinstance(error, Interrupted) else 130
+        return int(error.args[0]) if error.args else 130
     except BrokenPipeError:  # the reader has left, as `head` does: nothing more can be said
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -329,6 +328,6 @@ def run(main: Callable[..., int], *args: object) -> int:
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|allocate memory", str(error)):
             raise
-        note("error: out of memory: lower --batch_size or --num_workers")
+        note("error: out of memory: lower --num_workers, or in training --batch_size")
         return 1
     return code

@@ -211,43 +211,47 @@ class Recognizer:
             ends += [end for _, end, _ in block]
             waves = torch.from_numpy(np.stack([window for *_, window in block])).to(self.device)
             features = self.models[0].mfcc(waves)
-            of_windows.append(torch.stack([model.judge(features) for model in self.models]).cpu())
+            of_windows.append(torch.stack([model(features) for model in self.models]).cpu())
         if not owners:
             return list(failures.values())
         owner, end = torch.tensor(owners), torch.tensor(ends, dtype=torch.double)
-        judged = torch.cat(of_windows, dim=1)
+        outputs = torch.cat(of_windows, dim=1)
         return [
-            failures.get(number) or self._sum_up(recording, end[owner == number], judged[:, owner == number])
+            failures.get(number) or self._sum_up(recording, end[owner == number], outputs[:, owner == number])
             for number, recording in enumerate(recordings)
         ]
 
-    def _sum_up(self, recording: Recording, end: Tensor, judged: Tensor) -> Prediction | AudioError:
+    def _sum_up(self, recording: Recording, end: Tensor, outputs: Tensor) -> Prediction | AudioError:
         """From the ends of a clip's windows (W,), and what each model makes of them, (models, W, C + 1)."""
-        of_clip = judged.mean(dim=1, keepdim=True)
+        of_clip = outputs.mean(dim=1, keepdim=True)
         row = self._calibrate(of_clip)[0]
         if not row.isfinite().all():  # or the label would be the first class
-            return AudioError("its probabilities are not finite")
+            return AudioError(
+                "; ".join(filter(None, ["its probabilities are not finite", recording.warning]))
+            )
         values = dict(zip(self.labels, row.tolist(), strict=True))
         best = self.labels[int(row.argmax())]
         distance = of_clip[:, :, -1].mean().item()
-        result = Prediction(best, values[best], values, recording.seconds, distance, recording.warning)
+        short = "shorter than half a second" if recording.seconds < 0.5 else ""
+        warning = "; ".join(filter(None, [recording.warning, short]))
+        result = Prediction(best, values[best], values, recording.seconds, distance, warning)
         if not recording.step:
             return result
-        probabilities = pd.DataFrame(self._calibrate(judged).double().numpy(), columns=self.labels)
+        probabilities = pd.DataFrame(self._calibrate(outputs).double().numpy(), columns=self.labels)
         about = {
             "start": (end - self.cfg.duration).clamp(min=0).numpy(),
             "end": end.numpy(),
             "emotion": probabilities.idxmax(axis=1),
             "confidence": probabilities.max(axis=1),
-            "distance": judged[:, :, -1].mean(dim=0).double().numpy(),
+            "distance": outputs[:, :, -1].mean(dim=0).double().numpy(),
         }
         windows = pd.DataFrame(about).join(probabilities)
         return result._replace(timeline=Timeline(windows, np.concatenate(recording.envelope)))
 
-    def _calibrate(self, judged: Tensor) -> Tensor:
+    def _calibrate(self, outputs: Tensor) -> Tensor:
         """What each model makes of clips or windows, (models, N, C + 1) -> the mean probabilities (N, C)."""
-        pairs = zip(judged, self.models, strict=True)
-        return torch.stack([model.confident(values) for values, model in pairs]).mean(dim=0)
+        pairs = zip(outputs, self.models, strict=True)
+        return torch.stack([model.calibrated(values) for values, model in pairs]).mean(dim=0)
 
 
 # ---- which clips -----------------------------------------------------------------------------------------
@@ -358,8 +362,6 @@ def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: C
 
     `names` are paths, each with what its row calls it.
     """
-    if not sys.stdout.isatty() and isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale
     step = (flags.step or recognizer.cfg.duration) if flags.timeline else 0.0
     predictions = recognizer.predict_files([path for path, _ in names], step=step)
     stream: Any = io.StringIO() if flags.output else sys.stdout
@@ -384,17 +386,18 @@ def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: C
         else:
             table.writerows([shown(str(row[column])) for column in header] for row in rows)
         if result.timeline is not None:
-            stem = Path(name).stem[:60]  # a path must not become too long
-            numbered = (f"{stem}_{number}" for number in itertools.count(2))
-            own = next(text for text in itertools.chain([stem], numbered) if text.lower() not in pictures)
-            pictures.add(own.lower())
-            path = Path(cfg.run_dir, f"timeline_{own}.png")
+            stem = title = Path(name).stem[:60]  # a path must not become too long
+            while title.lower() in pictures:
+                title = f"{stem}_{len(pictures) + 1}"
+            pictures.add(title.lower())
+            path = Path(cfg.run_dir, f"timeline_{title}.png")
             if save_figure(path, partial(plot_timeline, result.timeline, recognizer.labels, name)):
                 note(f"picture of {name}: {path}")
+    n_failures = report_odd(results)
     if flags.output:
         save_file(Path(flags.output), stream.getvalue().encode())
         print(printable(f"{n_rows} rows in {flags.output}"))
-    return 1 if report_odd(results) else 0
+    return 1 if n_failures else 0
 
 
 # ---- timeline --------------------------------------------------------------------------------------------
@@ -523,7 +526,8 @@ def check_flags(flags: Any) -> None:  # noqa: ANN401 - argparse.Namespace
             if is_useless and getattr(flags, name, ""):
                 raise UserError(f"--{name} {why}")
     output = Path(flags.output)
-    if flags.output and (output.is_dir() or output.suffix.lower() in AUDIO_SUFFIXES | {".pth"}):
+    is_other = output.exists() and not output.is_file()
+    if flags.output and (is_other or output.suffix.lower() in AUDIO_SUFFIXES | {".pth"}):
         raise UserError(f"output = {flags.output!r}: must be a file for rows: no folder, audio or model")
 
 

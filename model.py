@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import errno
 import glob
 import io
 import json
@@ -37,9 +38,10 @@ def split(
     The networks of an ensemble have the same test part, but each draws its own clips to validate on, so that
     several together train on nearly all the others.
 
-    By clip, each class of each corpus is divided alike; by speaker, the speakers of each corpus are, and a
-    corpus of fewer than three stays in training as a whole. Clips with the same audio are never divided.
-    The test parts of all folds together hold every clip once. Equal seeds and clips give equal parts.
+    By clip, each class of each corpus is divided alike; by speaker, the speakers of each corpus are, and
+    (without folds) a corpus of fewer than three stays in training as a whole. Clips with the same audio are
+    never divided. The test parts of all folds together hold every clip once. Equal seeds and clips give
+    equal parts.
 
     Raises:
         UserError: Parts would be too small, or a speaker is not known.
@@ -84,7 +86,11 @@ def _split_units(clips: pd.DataFrame, cfg: Config) -> pd.DataFrame:
             f"split = speaker: the speakers of {unknown} of {len(clips)} clips are not known: name files as "
             "RAVDESS, CREMA-D, TESS, SAVEE or EmoDB do, or pass --manifest"
         )
-    speaker = clips.groupby("audio_hash").speaker.transform("first")  # the same audio has one speaker
+    shared = clips[clips.groupby("audio_hash").speaker.transform("nunique") > 1].sort_values("audio_hash")
+    if len(shared):
+        names = " and ".join(f"{clip.path} of {clip.speaker}" for clip in shared[:2].itertuples())
+        raise UserError(f"split = speaker: the same audio under two speakers: {names}: remove one")
+    speaker = clips.speaker
     return pd.DataFrame({"unit": speaker, "stratum": corpus.groupby(speaker).transform("first")})
 
 
@@ -108,10 +114,13 @@ def _check_parts(clips: pd.DataFrame, parts: "pd.Series[str]", cfg: Config, memb
     counts = parts.value_counts()
     if counts.get("val", 0) < emotions:
         why = f"val_fraction = {cfg.val_fraction}: raise it or add clips"
+        rest = clips[parts != "test"]
         if cfg.split == "speaker":
-            speakers = clips.groupby("corpus").speaker.nunique()
-            why = f"a corpus needs three speakers or more, here are {speakers.to_dict()}"
-            why += ", with clips of all classes if possible: try another --seed, or --split random"
+            speakers = rest.groupby("corpus").speaker.nunique()
+            why = f"outside the test part a corpus needs three speakers, here are {speakers.to_dict()}"
+            why += ": add speakers or --folds, try another --seed, or --split random"
+        elif rest.groupby(["corpus", "emotion"]).size().max() < 3:
+            why = "outside the test part a class needs three clips: add clips"
         raise UserError(
             f"network {member}: {counts.get('val', 0)} of {len(clips)} clips for validation, "
             f"fewer than the {emotions} classes: {why}"
@@ -429,7 +438,7 @@ class EmotionEnsemble(nn.Module):
     and Machine Intelligence 12:993).
     """
 
-    CAUTION = 2  # how fast confidence falls with the distance from the training data
+    DISTANCE_EXPONENT = 2  # how fast confidence falls with the distance from the training data
 
     def __init__(
         self, mfcc: MFCC, members: Sequence[nn.Module], distance: Distance, temperature: float = 1.0
@@ -439,23 +448,20 @@ class EmotionEnsemble(nn.Module):
         self.distance, self.temperature = distance, temperature
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (B, F, T) of windows -> probabilities (B, C) float32, not calibrated."""
-        return torch.stack([member(features).softmax(dim=1) for member in self.members]).mean(dim=0)
+        """Features (B, F, T) of windows -> (B, C + 1): probabilities, not calibrated, and the distance.
 
-    def judge(self, features: Tensor) -> Tensor:
-        """Features (B, F, T) -> (B, C + 1): the probabilities, and the distance from the training data.
-
-        Side by side, since of a clip with several windows both are averaged before confident() sees them.
+        Side by side, since of a clip with several windows both are averaged before calibrated() sees them.
         """
-        return torch.cat([self(features), self.distance(features)], dim=1)
+        probabilities = torch.stack([member(features).softmax(dim=1) for member in self.members]).mean(dim=0)
+        return torch.cat([probabilities, self.distance(features)], dim=1)
 
-    def confident(self, judged: Tensor) -> Tensor:
-        """What judge() gave, (N, C + 1) -> probabilities (N, C) with honest confidence.
+    def calibrated(self, outputs: Tensor) -> Tensor:
+        """Outputs (N, C + 1) of windows, or means over those of clips -> probabilities (N, C).
 
         Beyond the limit of what is usual in the training data they come closer to each other.
         """
-        excess = judged[:, -1:].clamp(1, 3)  # more would leave no order among them
-        return calibrate(judged[:, :-1], self.temperature * excess**self.CAUTION)
+        excess = outputs[:, -1:].clamp(1, 3)  # more would leave no order among them
+        return calibrate(outputs[:, :-1], self.temperature * excess**self.DISTANCE_EXPONENT)
 
 
 def calibrate(probabilities: Tensor, temperature: float | Tensor) -> Tensor:
@@ -466,9 +472,9 @@ def calibrate(probabilities: Tensor, temperature: float | Tensor) -> Tensor:
     return (probabilities.clamp(min=1e-12).log() / temperature).softmax(dim=1)
 
 
-def mean_over_windows(probabilities: Tensor, owner: Tensor, n_clips: int) -> Tensor:
-    """Probabilities of windows (W, C), and the clip of each (W,) -> means of clips (n_clips, C)."""
-    total = probabilities.new_zeros(n_clips, probabilities.shape[1]).index_add(0, owner, probabilities)
+def mean_over_windows(outputs: Tensor, owner: Tensor, n_clips: int) -> Tensor:
+    """Outputs of windows (W, K), and the clip of each (W,) -> means of clips (n_clips, K)."""
+    total = outputs.new_zeros(n_clips, outputs.shape[1]).index_add(0, owner, outputs)
     return total / torch.bincount(owner, minlength=n_clips)[:, None]
 
 
@@ -482,7 +488,9 @@ def resolve_device(name: str) -> torch.device:
         UserError: The machine has no such device.
     """
     n_cuda = torch.cuda.device_count()
-    device = torch.device("cuda" if name == "auto" and n_cuda else "cpu" if name == "auto" else name)
+    if name == "auto":
+        name = "cuda" if n_cuda else "cpu"
+    device = torch.device(name)
     is_missing = device.type == "cuda" and (device.index or 0) >= n_cuda
     if is_missing or (device.type == "mps" and not torch.backends.mps.is_available()):
         raise UserError(f"device = {name!r}: not on this machine, which has cpu and {n_cuda} cuda device(s)")
@@ -538,8 +546,11 @@ def save_file(path: Path, content: bytes) -> None:
     """Write a file in one step: whatever happens, the old or the new one is there, never half of one.
 
     Raises:
-        OSError: It cannot be written; the old file is as it was.
+        OSError: It cannot be written, or is no regular file; the old file is as it was.
     """
+    path = path.resolve()  # a link stays one
+    if path.exists() and not path.is_file():  # /dev/null would become a file
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(glob.escape(f".{path.name}.") + "*.tmp"):  # of a process that was killed
         with contextlib.suppress(OSError):
@@ -714,9 +725,9 @@ class WaveModel(nn.Module):
         The clip is calibrated after the mean over its windows, as inference.py does. Third, the distances of
         the windows from the training data, (B,).
         """
-        judged = self.model.judge(self.model.mfcc(windows))
-        clip = judged.mean(dim=0, keepdim=True)
-        return self.model.confident(judged), self.model.confident(clip)[0], judged[:, -1]
+        outputs = self.model(self.model.mfcc(windows))
+        clip = outputs.mean(dim=0, keepdim=True)
+        return self.model.calibrated(outputs), self.model.calibrated(clip)[0], outputs[:, -1]
 
 
 def export_onnx(path: Path, checkpoint: Checkpoint, model: EmotionEnsemble) -> None:

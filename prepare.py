@@ -2,7 +2,7 @@
 
     python prepare.py
 
-fills the cache and prints how many clips and minutes there are of each class.
+fills the cache and prints how many clips there are of each class, and how many minutes training uses.
 """
 
 from config import Config, UserError, make_parser, note, parse, printable, run
@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -53,7 +54,8 @@ FloatArray: TypeAlias = npt.NDArray[np.float32]
 
 # What libsndfile reads, and what ffmpeg does besides.
 AUDIO_SUFFIXES = frozenset(
-    ".wav .flac .ogg .opus .mp3 .aiff .aif .au .caf .m4a .mp4 .aac .wma .webm .amr .3gp".split()
+    ".wav .flac .ogg .oga .opus .mp3 .aiff .aif .au .caf "
+    ".m4a .m4b .mp4 .mov .mkv .aac .wma .webm .amr .3gp".split()
 )
 
 # What the emotions are called: in words, as TESS and folders do, and in the codes of CREMA-D, RAVDESS, SAVEE
@@ -73,8 +75,7 @@ EXTRA_LABELS = frozenset({"Calm", "Bored"})  # that few corpora have
 _BY_CODE = {name: emotion for emotion, names in _NAMES.items() for name in names.split()}
 _BY_WORD = {name.lower(): emotion for name, emotion in _BY_CODE.items() if len(name) > 2}
 
-# How the common corpora name their files. A new one also needs its codes in _NAMES, and its folders in
-# _NO_EMOTION where they are named after speakers.
+# How the common corpora name their files. A new one also needs its codes in _NAMES.
 _CORPORA = {
     "CREMA-D": r"(?P<speaker>1\d{3})_[A-Z]{3}_(?P<code>ANG|DIS|FEA|HAP|NEU|SAD)_(?:LO|MD|HI|XX?)",
     "RAVDESS speech": r"03-01-(?P<code>0[1-8])-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",
@@ -108,6 +109,8 @@ def find_audio(folder: Path) -> list[Path]:
 
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, onerror=stop):
+        for link in (Path(parent, name) for name in folders if Path(parent, name).is_symlink()):
+            note(f"note: {link} is a link to a folder: left out")
         folders[:] = filter(is_visible, folders)
         found += [Path(parent, name) for name in files if is_audio(name)]
     return sorted(found)
@@ -140,7 +143,8 @@ def find_clips(cfg: Config) -> pd.DataFrame:
     told = manifest.reindex(clips.path, fill_value="").reset_index(drop=True)
     clips["speaker"] = clips.speaker.where(told.speaker == "", told.speaker)
     clips["by_name"] = _names_decide(clips, told.emotion, cfg)
-    _check_folders(clips[told.emotion == ""], root)
+    if cfg.labels_from == "auto":
+        _check_folders(clips[told.emotion == ""], root)
     label = clips.emotion.where(clips.by_name, clips.folder).where(told.emotion == "", told.emotion)
     clips["emotion"] = _spell(label, clips.by_name)
     for emotion in sorted(set(clips.emotion)):
@@ -163,7 +167,8 @@ def _list_clips(cfg: Config, listed: Iterable[str]) -> pd.DataFrame:
         if not path.is_dir():
             found += [path] * is_audio(path.name)
         elif path.name.lower() == "test" or path.resolve() == cfg.test_root.resolve():
-            continue  # clips to label
+            if any(parse_names(map(str, find_audio(path))).code):  # it could be a part of a corpus
+                note(f"note: {path} holds the clips to label: not used here")
         elif is_visible(path.name):
             inside = find_audio(path)
             found += inside
@@ -199,6 +204,11 @@ def emotion_of(word: str) -> str:
     return _BY_WORD.get(re.sub(r"^pleasant[ _-]*", "", word.lower()), "")
 
 
+def class_of(label: str) -> str:
+    """The emotion that a label means, or else the label in small letters: equal for labels of one class."""
+    return emotion_of(label) or label.lower()
+
+
 def _names_decide(clips: pd.DataFrame, told: "pd.Series[str]", cfg: Config) -> "pd.Series[bool]":
     """Which clips are labelled by their names; `told` is what the manifest says of each.
 
@@ -215,35 +225,30 @@ def _names_decide(clips: pd.DataFrame, told: "pd.Series[str]", cfg: Config) -> "
     return by_name & (told == "") & ((clips.emotion != "") | (means == ""))
 
 
-# Folders of speakers (of RAVDESS, TESS), of a whole corpus, and of parts of a data set.
-_NO_EMOTION = re.compile(
-    r"(actor|speaker|spk)[ _-]?\d+|[oy]af?_.+|(audio|ravdess|crema|tess|savee|emo-?db).*|all|wav|"
-    r"train(ing)?|val(id(ation)?)?|dev",
-    re.IGNORECASE,
-)
-
-
 def _check_folders(clips: pd.DataFrame, root: Path) -> None:
-    """Refuse folders that say who speaks, which part a clip belongs to, or that hold the class folders."""
-    for folder, rows in clips.groupby("folder"):
-        is_odd = _NO_EMOTION.fullmatch(folder) is not None
-        if is_odd and rows.by_name.all():
-            continue
+    """Refuse folders that hold the class folders, and those of speakers, sessions or parts of a data set.
+
+    These are known by their names, half of which or more are no emotions.
+    """
+    strange = []
+    for folder, rows in clips[~clips.by_name].groupby("folder"):
+        check_csv_name(folder)
         if len({*map(emotion_of, rows.inner)} - {""}) > 1:
             raise UserError(
                 f"the class folders are not in {root} but in {folder}: pass --data_dir {root / folder}"
             )
-        if is_odd:
-            example = Path(rows.path[~rows.by_name].iloc[0]).name
-            raise UserError(
-                f"{folder} in {root} is no emotion, and file names as {example} do not decide: "
-                "put the clips into one folder per emotion, or list them in a --manifest"
-            )
+        strange += [folder] * (emotion_of(folder) == "")
+    if strange and 2 * len(strange) >= clips.folder[~clips.by_name].nunique():
+        example = Path(clips.path[~clips.by_name & (clips.folder == strange[0])].iloc[0]).name
+        raise UserError(
+            f"{', '.join(strange[:5])} in {root}: no emotions that we know, nor do names as {example} tell "
+            "one: list the clips in a --manifest, or pass --labels_from folders if these are the classes"
+        )
 
 
 def _spell(labels: "pd.Series[str]", by_name: "pd.Series[bool]") -> "pd.Series[str]":
     """The class of each clip: labels of one meaning are one class, spelled as for most of its clips."""
-    meanings = labels.map(lambda label: emotion_of(label) or label)
+    meanings = labels.map(class_of)
     spelling = labels[~by_name].groupby(meanings).agg(lambda same: same.mode()[0])
     classes = meanings.map(lambda meaning: spelling.get(meaning, meaning))
     for label, name in sorted({*zip(labels[~by_name], classes[~by_name], strict=True)}):
@@ -291,9 +296,11 @@ def read_manifest(path: Path, root: Path) -> pd.DataFrame:
         UserError: The file cannot be understood, or a name in it leads out of `root` or to no file.
     """
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
-    except (OSError, ValueError) as error:  # pandas raises kinds of ValueError for whatever is no CSV
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # of too many fields
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+    except (OSError, ValueError, Warning) as error:  # ValueError: whatever is no CSV
         raise UserError(f"manifest {path}: {error}") from None
+    table = table.apply(lambda column: column if column.name == "filename" else column.str.strip())
     known = [name for name in ("emotion", "speaker") if name in table]
     if "filename" not in table or not known:
         seen = ", ".join(map(str, table.columns))
@@ -327,6 +334,7 @@ def check_csv_name(name: str) -> None:
 
 FEATURES_VERSION = 3  # part of the cache key: raise it when Recording or MFCC gives other numbers
 MIN_REMAINDER = 0.1  # seconds after the last full window that are worth a window of their own
+FFMPEG_SECONDS = 600  # that ffmpeg may take for one file
 ENVELOPE_RATE = 20  # points a second of the waveform's outline
 
 
@@ -513,16 +521,18 @@ def _open_ffmpeg(path: Path) -> Iterator[Source]:
     """A file as ffmpeg decodes it, at its own rate, through a pipe in Sun's au format, which has no end."""
     program = shutil.which("ffmpeg")
     if program is None:
-        raise AudioError("unknown format: install ffmpeg, or convert it to wav")
-    # Local files alone: a playlist must not make it fetch others. At most ten minutes of processor time.
-    inputs = [
-        *"-nostdin -v quiet -timelimit 600 -protocol_whitelist file -i".split(),
-        f"file:{path.absolute()}",
-    ]
-    command = [program, *inputs, *"-map 0:a:0 -c:a pcm_f32be -f au pipe:1".split()]
+        raise AudioError(
+            f"unknown format: install ffmpeg, or convert it: ffmpeg -i {path.name} {path.stem}_.wav"
+        )
+    # Local files alone: a playlist must not make it fetch others.
+    inputs = "-nostdin -v quiet -protocol_whitelist file -i".split()
+    outputs = "-map 0:a:0 -c:a pcm_f32be -f au pipe:1".split()
+    command = [program, *inputs, f"file:{path.absolute()}", *outputs]
     # In a process group of its own, or Ctrl-C would end it before we know of it.
     with subprocess.Popen(command, stdout=subprocess.PIPE, process_group=0) as process:
         assert process.stdout is not None
+        watchdog = threading.Timer(FFMPEG_SECONDS, process.kill)
+        watchdog.start()
         try:
             with _open_sound(_SoundFile(process.stdout.fileno(), closefd=False)) as source:
 
@@ -536,6 +546,7 @@ def _open_ffmpeg(path: Path) -> Iterator[Source]:
         except soundfile.SoundFileError:
             raise AudioError("ffmpeg finds no audio in it") from None
         finally:
+            watchdog.cancel()
             process.kill()
 
 
@@ -609,7 +620,7 @@ class MFCC(nn.Module):
 
 # ---- many files, all cores -------------------------------------------------------------------------------
 
-CHUNK = 16  # files per task of a worker
+CHUNK = 16  # files per task of a worker, at most
 Work: TypeAlias = Callable[[Sequence[str]], list[Any]]  # paths -> results, one per path
 
 
@@ -618,8 +629,9 @@ def map_files(work: Work, paths: Sequence[str], cfg: Config) -> Generator[Any, N
 
     A file whose decoder crashes costs its chunk: each file in it becomes an AudioError.
     """
-    chunks = deque(paths[start : start + CHUNK] for start in range(0, len(paths), CHUNK))
-    n_workers = min(cfg.num_workers if cfg.num_workers >= 0 else n_cores(), len(chunks))
+    n_workers = min(cfg.num_workers if cfg.num_workers >= 0 else n_cores(), len(paths))
+    size = max(1, min(CHUNK, len(paths) // max(1, n_workers)))  # a few long files have all cores
+    chunks = deque(paths[start : start + size] for start in range(0, len(paths), size))
     if n_workers == 0:
         for chunk in chunks:
             yield from work(chunk)
@@ -961,7 +973,7 @@ def make_demo(folder: Path, *, n_speakers: int = 10, n_takes: int = 9) -> None:
 
 
 def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
-    """Fill the cache, and print clips and minutes per class, and what was found of each corpus."""
+    """Fill the cache, and print clips and minutes used per class, and what was found of each corpus."""
     if flags.demo:
         make_demo(Path(cfg.data_dir))
     mfcc = MFCC(mfcc_constants(cfg), cfg.hop_length)
@@ -971,7 +983,7 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
     table.loc["total"] = table.sum()
     table["clips"] = table.sum(axis=1)
     minutes = clips.groupby("emotion").seconds.sum() / 60
-    table["minutes"] = [*minutes.round(1), round(minutes.sum(), 1)]
+    table["minutes used"] = [*minutes.round(1), round(minutes.sum(), 1)]
     print(table.rename_axis(index=None, columns=None).to_string())
     print(f"\n{describe_corpora(found, clips).to_string()}")
     return 0

@@ -12,7 +12,7 @@ mistakes.html to listen to. On several GPUs or machines: `torchrun --nproc_per_n
 from config import MODEL_FIELDS, RUNTIME_FIELDS, Config, UserError, make_parser, note, parse, printable, run
 
 if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imports
-    parser = make_parser(__doc__)
+    parser = make_parser(__doc__, Config.__dataclass_fields__.keys() - {"submission"})
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in run_dir")
     parser.add_argument("--folds", type=int, default=0, help="cross-validate: test on each of so many parts")
     parser.add_argument("--init", metavar="MODEL", help="start from the weights of a trained model")
@@ -83,8 +83,8 @@ from model import (
 from prepare import (
     MFCC,
     FeatureCache,
+    class_of,
     clip_name,
-    emotion_of,
     load_corpus,
     make_demo,
     mfcc_constants,
@@ -136,9 +136,9 @@ def make_train_loader(
 
 def class_weights(targets: "pd.Series[str]", labels: Sequence[str]) -> Tensor:
     """Weights inversely proportional to class frequency, (C,) float32; 1 for a class of average size."""
-    counts = np.array([(targets == label).sum() for label in labels])
-    weights = np.where(counts > 0, len(targets) / (len(labels) * np.maximum(counts, 1)), 1.0)
-    return torch.from_numpy(weights.astype(np.float32))
+    counts = targets.value_counts().reindex(labels)  # NaN for a class that does not occur
+    weights = (len(targets) / (len(labels) * counts)).fillna(1.0)
+    return torch.from_numpy(weights.to_numpy(np.float32))
 
 
 def make_average(model: nn.Module, decay: float) -> AveragedModel:
@@ -200,17 +200,17 @@ def train_epoch(
 def evaluate(
     model: EmotionEnsemble, loader: Loader, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor]:
-    """Calibrated probabilities (N, C) float32 of all clips, and their classes (N,)."""
+    """Probabilities (N, C) float32 of all clips, calibrated if the model is, and their classes (N,)."""
     model.eval()
     device = next(model.parameters()).device
-    judged: list[Tensor] = []
+    of_clips: list[Tensor] = []
     classes: list[Tensor] = []
     for features, owner, targets in loader:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            of_windows = model.judge(features.to(device))
-        judged.append(mean_over_windows(of_windows.float(), owner.to(device), len(targets)).cpu())
+            of_windows = model(features.to(device))
+        of_clips.append(mean_over_windows(of_windows.float(), owner.to(device), len(targets)).cpu())
         classes.append(targets)
-    return model.confident(torch.cat(judged)), torch.cat(classes)
+    return model.calibrated(torch.cat(of_clips)), torch.cat(classes)
 
 
 def validate(
@@ -249,7 +249,7 @@ def fit(
     Raises:
         UserError: The loss is no longer finite.
     """
-    path, seed = network_file(cfg, member), member_seed(cfg, member)
+    path, seed = Path(cfg.run_dir, f"network{member}.pth"), member_seed(cfg, member)
     device, labels = resolve_device(cfg.device), sorted(set(clips.emotion))
     dtype = resolve_dtype(cfg.precision, device)
     # The augmentation is made on the CPU, and takes the features' constants along to the device.
@@ -263,7 +263,7 @@ def fit(
     torch.manual_seed(seed)
     all_windows = make_loader(train_clips, labels, cache, cfg)
     model = make_network(cfg, len(labels), member, all_windows).to(device)
-    start_from(init_file(cfg), model, member, labels)
+    start_from(Path(cfg.run_dir, "init.pth"), model, member, labels)
     average = make_average(model, cfg.ema_decay)
     optimizer = make_optimizer(model, cfg)
     n_steps = len(make_train_loader(example, labels, cache, cfg, seed))
@@ -320,16 +320,6 @@ def fit(
         show(history[-1])
 
 
-def network_file(cfg: Config, member: int) -> Path:
-    """Where the state of a network lies, for --resume."""
-    return Path(cfg.run_dir, f"network{member}.pth")
-
-
-def init_file(cfg: Config) -> Path:
-    """Where a run keeps the model that --init named."""
-    return Path(cfg.run_dir, "init.pth")
-
-
 def start_from(path: Path, model: EmotionCNNGRU, member: int, labels: Sequence[str]) -> None:
     """Give a network the weights of its number in a trained model, mean and std of the features included.
 
@@ -376,10 +366,8 @@ def make_schedules(
     """The warm-up, which steps with every batch, and the plateau, which steps with every epoch after it."""
     n_steps = max(1, cfg.warmup * steps_per_epoch)
     warmup = LinearLR(optimizer, 1 / n_steps, total_iters=n_steps)
-    floor = cfg.learning_rate / 100
-    return warmup, ReduceLROnPlateau(
-        optimizer, "max", cfg.lr_factor, cfg.lr_patience, threshold=0, min_lr=floor
-    )
+    best: Any = {"mode": "max", "threshold": 0, "min_lr": cfg.learning_rate / 100}
+    return warmup, ReduceLROnPlateau(optimizer, factor=cfg.lr_factor, patience=cfg.lr_patience, **best)
 
 
 # ---- several networks ------------------------------------------------------------------------------------
@@ -483,6 +471,8 @@ def train(
             fit_members(cfg, tables, mfcc, resume=resume, show=lambda row: show_epoch(row, cfg, bar))
     except (KeyboardInterrupt, UserError) as error:  # the networks so far are worth keeping
         with contextlib.suppress(UserError):  # a damaged state, or the error itself once more
+            if maker_of(Path(cfg.checkpoint)) not in {None, run_id}:  # a finished model is worth more
+                cfg = replace(cfg, checkpoint=str(Path(cfg.run_dir, "unfinished.pth")))
             if rank() == 0 and collect(cfg, tables, mfcc, run_id):
                 note(f"the networks so far are kept in {cfg.checkpoint}")
         if isinstance(error, KeyboardInterrupt):
@@ -516,10 +506,11 @@ def show_epoch(row: Row, cfg: Config, bar: "tqdm[Any]") -> None:
         say(f"{epoch}  {train}  {val}  lr {row['learning_rate']:.1e}  {row['seconds']:.1f} s")
 
 
+RUN_ID = "%Y-%m-%d-%H%M%S"  # when it began
 # What a run writes into run_dir, besides the lock and folders of earlier runs.
 RUN_FILES = (  # run.json last: while it is there, what is beside it is known to be of an earlier run
     "history.csv metrics.json predictions.csv mistakes.html loss.png confusion_matrix.png scores.png "
-    "network*.pth init.pth fold* evaluate_* run.json"
+    "network*.pth init.pth unfinished.pth fold* evaluate_* run.json"
 ).split()
 
 
@@ -541,10 +532,10 @@ def start_run(cfg: Config, data: str, *, resume: bool, init: Checkpoint | None) 
         if earlier:
             files = [file for pattern in RUN_FILES for file in sorted(about.parent.glob(pattern))]
             set_aside(files, Path(cfg.run_dir, earlier["run"]))
-        init_file(cfg).unlink(missing_ok=True)
+        Path(cfg.run_dir, "init.pth").unlink(missing_ok=True)
         if init:
-            save_checkpoint(init_file(cfg), init)
-        run_id = datetime.now().strftime("%Y-%m-%d-%H%M%S")
+            save_checkpoint(Path(cfg.run_dir, "init.pth"), init)
+        run_id = datetime.now().strftime(RUN_ID)
         save_json(about, {"run": run_id, "init": init.run if init else "", **mine})
         return run_id
     if earlier is None:
@@ -572,6 +563,14 @@ def set_aside(
     note(f"note: {', '.join(file.name for file in files)} of an earlier run set aside in {folder}")
 
 
+def maker_of(checkpoint: Path) -> str | None:
+    """The id of the run that made a checkpoint; None where there is none."""
+    try:
+        return Path(str(load_tensors(checkpoint).get("run"))).name if checkpoint.is_file() else None
+    except UserError:  # of another version, perhaps
+        return "earlier"
+
+
 def collect(
     cfg: Config, tables: Sequence[pd.DataFrame], mfcc: MFCC, run_id: str
 ) -> tuple[Checkpoint, pd.DataFrame] | None:
@@ -584,7 +583,7 @@ def collect(
     networks = [
         (clips, load_tensors(file))
         for member, clips in enumerate(tables, start=1)
-        if (file := network_file(cfg, member)).is_file()
+        if (file := Path(cfg.run_dir, f"network{member}.pth")).is_file()
     ]
     if not networks:
         return None
@@ -606,13 +605,9 @@ def collect(
         versions={"python": platform.python_version(), "torch": str(torch.__version__)},
         run=run_id,
     )
-    if path.is_file():
-        try:
-            earlier = Path(str(load_tensors(path).get("run"))).name
-        except UserError:  # of another version, perhaps
-            earlier = "earlier"
-        if earlier != run_id:  # a copy, since the old one stays in place until the new one is whole
-            set_aside([path], run_dir / earlier, by=shutil.copy2)
+    earlier = maker_of(path)
+    if earlier and earlier != run_id:  # a copy, since the old one stays in place until the new one is whole
+        set_aside([path], run_dir / earlier, by=shutil.copy2)
     save_checkpoint(path, checkpoint)
     history = pd.DataFrame([row for _, state in networks for row in state["history"]])
     save_table(run_dir / "history.csv", history)
@@ -658,7 +653,7 @@ def softening(n_networks: float | Tensor) -> Any:  # noqa: ANN401 - as what come
 
 
 def fit_temperature(probabilities: Tensor, targets: Tensor, n_networks: Tensor) -> float:
-    """The temperature of one network, with which the cross-entropy of clips not trained on is least.
+    """The temperature of one network, fitted to clips that were not trained on.
 
     Args:
         probabilities: (N, C), not calibrated, means over networks.
@@ -670,7 +665,7 @@ def fit_temperature(probabilities: Tensor, targets: Tensor, n_networks: Tensor) 
     logits = probabilities.clamp(min=1e-12).log() / softening(n_networks)
 
     def loss(temperature: float) -> float:
-        # A few clips cannot tell: as usual, 1 give or take 30 %, unless the clips weigh more.
+        # The prior, 1 give or take 30 %, counts as one clip: a few that are all right make nothing certain.
         prior = (math.log(temperature) / 0.3) ** 2 / 2
         return nn.functional.cross_entropy(logits / temperature, targets).item() + prior / len(targets)
 
@@ -712,7 +707,8 @@ def report(
     save_predictions(run_dir, predictions)
     for part, title in PART_TITLES.items():
         if part in metrics:
-            say(f"\n{title}\n" * ("val" in metrics) + describe_scores(metrics[part]))
+            heading = f"\n{title}\n" if "val" in metrics else ""
+            say(heading + describe_scores(metrics[part]))
     epochs = ", ".join(map(str, checkpoint.epochs))
     say(f"\n{cfg.checkpoint}: {checkpoint.summary}, of epoch {epochs}; report and figures in {run_dir}")
     return predictions
@@ -975,7 +971,7 @@ def cross_validate(
         say(f"\nfold {fold + 1} of {n_folds}")
         own = replace(cfg, run_dir=str(home), checkpoint=str(home / "best_emotion_model.pth"))
         goes_on = resume and (home / "run.json").is_file()
-        tables.append(train(own, mfcc, parts, resume=goes_on, init=init))
+        tables.append(train(own, mfcc, parts, resume=goes_on, init=init).assign(fold=fold + 1))
     if rank() > 0:
         return
     predictions = pd.concat(tables, ignore_index=True)
@@ -995,12 +991,12 @@ def cross_validate(
 # ---- other models, other clips ---------------------------------------------------------------------------
 
 
-UNFAIR = "only clips that it was not trained on test it fairly"
+FAIRNESS = "only clips that it was not trained on test it fairly"
 
 
 def same_classes(one: Sequence[str], other: Sequence[str]) -> bool:
     """Whether they mean the same, however they are spelled: Suprised is Surprised."""
-    return [emotion_of(label) or label for label in one] == [emotion_of(label) or label for label in other]
+    return list(map(class_of, one)) == list(map(class_of, other))
 
 
 def load_init(path: Path, cfg: Config, labels: Sequence[str]) -> Checkpoint:
@@ -1019,7 +1015,7 @@ def load_init(path: Path, cfg: Config, labels: Sequence[str]) -> Checkpoint:
     if not same_classes(checkpoint.labels, labels):
         classes = f"{', '.join(labels)}, not as in {path} {', '.join(checkpoint.labels)}"
         note(f"note: classes {classes}: starts with a new last layer")
-    note(f"note: starts from {path}: {UNFAIR}")
+    note(f"note: starts from {path}: {FAIRNESS}")
     return checkpoint
 
 
@@ -1039,8 +1035,8 @@ def evaluate_folder(cfg: Config, folder: str, *, is_named: bool) -> None:
     own |= {"data_dir": folder, "run_dir": str(home / f"evaluate_{place.name}")}
     cfg = replace(checkpoint.config, **own)
     found = load_corpus(cfg, model.mfcc)
-    spelling = {emotion_of(label) or label: label for label in checkpoint.labels}  # Suprised is Surprised
-    clips = found.assign(emotion=[spelling.get(emotion_of(name) or name, name) for name in found.emotion])
+    spelling = {class_of(label): label for label in checkpoint.labels}  # Suprised is Surprised
+    clips = found.assign(emotion=[spelling.get(class_of(name), name) for name in found.emotion])
     clips = clips[clips.emotion.isin(checkpoint.labels)]
     classes = f"classes of {folder}: {', '.join(sorted(set(found.emotion)))}"
     classes += f"; classes of {path}: {', '.join(checkpoint.labels)}"
@@ -1048,12 +1044,16 @@ def evaluate_folder(cfg: Config, folder: str, *, is_named: bool) -> None:
         raise UserError(f"{classes}: none in common")
     if len(clips) < len(found):
         note(f"note: {len(found) - len(clips)} clips left out: {classes}")
-    about = f"{len(clips):,} of {len(found):,} clips of {folder}; {UNFAIR}"
+    about = f"{len(clips):,} of {len(found):,} clips of {folder}; {FAIRNESS}"
     with contextlib.suppress(OSError, ValueError, LookupError):  # the run may be elsewhere, or of long ago
         earlier = json.loads((home / "run.json").read_text())
         if earlier["run"] == checkpoint.run and Path(earlier["data_dir"]).resolve() == place:
             about += f", and it was trained on clips of {folder}"
     say(about)
+    earlier = Path(cfg.run_dir, "metrics.json")  # of another folder of that name, or another model
+    if earlier.is_file():
+        date = datetime.fromtimestamp(earlier.stat().st_mtime)
+        set_aside([earlier.parent], home / date.strftime(RUN_ID))
     report(cfg, clips.assign(part="test"), checkpoint, pd.DataFrame(), about)
 
 
@@ -1071,11 +1071,16 @@ def read_run(folder: str) -> tuple[dict[str, Any], pd.DataFrame]:
         places = zip(table.path, table.corpus, strict=True)
         keys = [str(Path(p).resolve()) if corpus == "other" else clip_name(p) for p, corpus in places]
         table.index = pd.Index(keys)
+        table = table[~table.index.duplicated(keep=False)].copy()  # one name under two labels
         for column in ("emotion", "predicted"):  # Suprised is Surprised
-            table[column] = [emotion_of(label) or label for label in table[column]]
+            table[column] = table[column].map(class_of)
         if "val" in metrics and "test" not in metrics:
             note(f"note: {folder} has no test part: its validation clips are compared")
-        return metrics["config"], table
+        run = json.loads(about.read_text()) if (about := Path(folder, "run.json")).is_file() else {}
+        return metrics["config"] | {
+            "init": run.get("init", ""),
+            "folds": len(metrics.get("folds", [])),
+        }, table
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise UserError(f"{folder} holds no finished run: {error}") from None
 
@@ -1132,7 +1137,7 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
         raise UserError(f"folds = {flags.folds}: must be 0 or at least 2")
     if flags.folds and hasattr(flags, "checkpoint"):
         raise UserError("--folds keeps a checkpoint of each fold in run_dir: leave out --checkpoint")
-    if flags.resume and flags.init and not init_file(cfg).is_file():
+    if flags.resume and flags.init and not Path(cfg.run_dir, "init.pth").is_file():
         raise UserError(f"the run in {cfg.run_dir} did not start from a model: leave out --resume, or --init")
     if Path(cfg.checkpoint).is_dir():
         raise UserError(f"checkpoint = {cfg.checkpoint!r}: is a folder, must be a file")
@@ -1148,7 +1153,9 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
         broadcast([None])  # the others wait for the demo corpus
         mfcc = MFCC(mfcc_constants(cfg), cfg.hop_length)
         clips, init = load_corpus(cfg, mfcc), None
-        start = init_file(cfg) if flags.resume else Path(flags.init or "")  # a resumed run has its own
+        start = (
+            Path(cfg.run_dir, "init.pth") if flags.resume else Path(flags.init or "")
+        )  # a resumed run has its own
         if start.is_file() or (flags.init and not flags.resume):
             init = load_init(start, cfg, sorted(set(clips.emotion)))
         if flags.folds:

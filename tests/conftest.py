@@ -129,11 +129,11 @@ def tiny_config(folder: Path, **changes: Any) -> Config:
 
 
 def flags(cfg: Config) -> list[str]:
-    """The flags of all settings that differ from the defaults."""
+    """The flags of all settings that differ from the defaults, and that train.py knows."""
     return [
         f"--{field.name}={getattr(cfg, field.name)}"
         for field in dataclasses.fields(Config)
-        if getattr(cfg, field.name) != field.default
+        if getattr(cfg, field.name) != field.default and field.name != "submission"
     ]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from config import DEMO, Config, Interrupted, UserError, make_parser, parse, printable, run
+from config import DEMO, Config, UserError, make_parser, parse, printable, run
 from tests.conftest import ROOT, run_script
 
 FIELDS = {field.name: field for field in dataclasses.fields(Config)}
@@ -211,11 +211,15 @@ def _handlers() -> Iterator[None]:
         (UserError("no\nway"), 2, r"error: no\nway"),
         (UserError("half done", code=1), 1, "error: half done"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (Interrupted(), 143, "interrupted"),
+        (KeyboardInterrupt(143), 143, "interrupted"),
         (PermissionError(13, "Permission denied", "a/b"), 1, "error: a/b: Permission denied"),
         (OSError("odd"), 1, "error: odd"),
-        (MemoryError(), 1, "error: out of memory: lower --batch_size or --num_workers"),
-        (RuntimeError("CUDA out of memory."), 1, "error: out of memory: lower --batch_size or --num_workers"),
+        (MemoryError(), 1, "error: out of memory: lower --num_workers, or in training --batch_size"),
+        (
+            RuntimeError("CUDA out of memory."),
+            1,
+            "error: out of memory: lower --num_workers, or in training --batch_size",
+        ),
     ],
 )
 def test_fault_becomes_one_line(

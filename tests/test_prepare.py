@@ -145,11 +145,11 @@ def test_clips_are_those_in_class_folders_by_file_name(tmp_path: Path, capsys: C
         ([os.fsdecode(b"\xff\xfe/a.wav")], "not UTF-8"),
         (
             ["train/a.wav", "Validation/b.wav"],
-            "Validation in .* is no emotion, and file names as b.wav do not decide",
+            "Validation, train in .*: no emotions that we know, nor do names as b.wav tell one",
         ),
         (
             ["Actor_01/a.wav", "Angry/03-01-05-01-01-01-01.wav"],
-            "Actor_01 in .* is no emotion, and .* as a.wav",
+            "Actor_01 in .*: no emotions that we know, nor do names as a.wav",
         ),
         (
             ["audio/Angry/a.wav", "audio/Sad/b.wav"],
@@ -321,7 +321,7 @@ def test_manifest_tells_speakers(tmp_path: Path) -> None:
     )
     clips = find_clips(config_of(root, manifest=str(table)))
     speakers = {Path(path).name: speaker for path, speaker in zip(clips.path, clips.speaker, strict=True)}
-    listed = {"NA.wav": "NA", "1001_AAA_SAD_XX.wav": "001", ", é.wav": " é"}
+    listed = {"NA.wav": "NA", "1001_AAA_SAD_XX.wav": "001", ", é.wav": "é"}
     assert speakers == listed | {"b.wav": "", "KL_sa15.wav": "SAVEE KL"}
 
 
@@ -840,7 +840,7 @@ def test_script_prints_the_table_and_names_odd_files(tmp_path: Path) -> None:
     answer = run_script("prepare.py", *own, cwd=tmp_path, env={"PATH": str(tmp_path)})  # no ffmpeg
     assert answer.returncode == 0, answer.stderr
     rows = [line.split() for line in answer.stdout.splitlines()]
-    assert rows[0] == ["RAVDESS", "speech", "other", "clips", "minutes"]
+    assert rows[0] == ["RAVDESS", "speech", "other", "clips", "minutes", "used"]
     assert rows[1] == ["Angry", "25", "0", "25", "0.2"]
     assert rows[2][:4] == ["Sad", "25", "2", "27"]
     assert rows[4][:4] == ["total", "75", "2", "77"]
@@ -856,7 +856,7 @@ def test_script_prints_the_table_and_names_odd_files(tmp_path: Path) -> None:
         f"skipped {sad}/a.wav: not a regular file",
         f"skipped {sad}/b.wav: not a regular file",
         f"skipped {sad}/e.WMA: not a regular file",
-        f"skipped {sad}/f.wav: unknown format: install ffmpeg, or convert it to wav",
+        f"skipped {sad}/f.wav: unknown format: install ffmpeg, or convert it: ffmpeg -i f.wav f_.wav",
     ]
     assert lines[6].startswith(f"warning: {sad}/g.mp3: truncated: 0.")
     assert lines[7:] == [rf"warning: {sad}/h\udcff\n.wav: silent"]
