@@ -228,7 +228,7 @@ def _names_decide(clips: pd.DataFrame, told: "pd.Series[str]", cfg: Config) -> "
 def _check_folders(clips: pd.DataFrame, root: Path) -> None:
     """Refuse folders that hold the class folders, and those of speakers, sessions or parts of a data set.
 
-    These are known by their names, half of which or more are no emotions.
+    These are known by their names, most of which are no emotions.
     """
     strange = []
     for folder, rows in clips[~clips.by_name].groupby("folder"):
@@ -238,7 +238,7 @@ def _check_folders(clips: pd.DataFrame, root: Path) -> None:
                 f"the class folders are not in {root} but in {folder}: pass --data_dir {root / folder}"
             )
         strange += [folder] * (emotion_of(folder) == "")
-    if strange and 2 * len(strange) >= clips.folder[~clips.by_name].nunique():
+    if 2 * len(strange) > clips.folder[~clips.by_name].nunique():
         example = Path(clips.path[~clips.by_name & (clips.folder == strange[0])].iloc[0]).name
         raise UserError(
             f"{', '.join(strange[:5])} in {root}: no emotions that we know, nor do names as {example} tell "

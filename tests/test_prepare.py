@@ -148,8 +148,8 @@ def test_clips_are_those_in_class_folders_by_file_name(tmp_path: Path, capsys: C
             "Validation, train in .*: no emotions that we know, nor do names as b.wav tell one",
         ),
         (
-            ["Actor_01/a.wav", "Angry/03-01-05-01-01-01-01.wav"],
-            "Actor_01 in .*: no emotions that we know, nor do names as a.wav",
+            ["Actor_01/a.wav", "Actor_02/a.wav", "Angry/03-01-05-01-01-01-01.wav"],
+            "Actor_01, Actor_02 in .*: no emotions that we know, nor do names as a.wav",
         ),
         (
             ["audio/Angry/a.wav", "audio/Sad/b.wav"],
