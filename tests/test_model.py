@@ -616,6 +616,19 @@ def test_failed_save_leaves_the_old_file(saved: Path) -> None:
     assert [path.name for path in saved.parent.iterdir()] == ["best.pth"]
 
 
+def test_save_replaces_files_alone(tmp_path: Path) -> None:
+    """Not a device, say; and a link still leads to its file."""
+    pipe, link = tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(pipe)
+    with pytest.raises(OSError, match="not a regular file"):
+        save_file(pipe, b"new")
+    assert pipe.is_fifo()
+    link.symlink_to(tmp_path / "file")
+    save_file(link, b"new")
+    assert link.is_symlink()
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
 def test_save_makes_folders_and_cleans_up_after_a_killed_run(tmp_path: Path) -> None:
     path = tmp_path / "new" / "file.csv"
     save_file(path, b"old")

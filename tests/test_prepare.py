@@ -355,6 +355,7 @@ def test_manifest_tells_emotions(tmp_path: Path) -> None:
         (b"filename,emotion\na.wav,x\n./a.wav,y\n", "says two things of .*a.wav"),
         (b"filename,emotion,speaker\na.wav,,y\n", "line 2: needs filename and emotion"),
         (b"filename,speaker\na.wav,x\n,y\n", "line 3: needs filename and speaker"),
+        (b"filename,emotion\na.wav,Sad,very\n", "loss of data"),
         (b"filename,speaker\n/etc/hosts,x\n", "/etc/hosts.* is no file in"),
         (b"filename,speaker\nb/../../a.wav,x\n", "is no file in"),
         (b"filename,speaker\nb.wav,x\n", "b.wav.* is no file in"),

@@ -365,6 +365,17 @@ def test_run_that_diverges_later_keeps_what_was_good(tiny_cfg: Config) -> None:
     )  # refuses what is not finite
 
 
+def test_unfinished_run_leaves_the_model_of_a_finished_one(copied: Config) -> None:
+    """It keeps what it has beside it."""
+    before = Path(copied.checkpoint).read_bytes()
+    growing = {"learning_rate": 1e-3, "weight_decay": 1e5, "epochs": 100, "patience": 100}
+    growing |= {"ensemble": 1, "min_steps": 1}
+    with pytest.raises(UserError, match="lower learning_rate"):
+        script(replace(copied, **growing))
+    assert Path(copied.checkpoint).read_bytes() == before
+    assert load_checkpoint(Path(copied.run_dir, "unfinished.pth"))[0].config.weight_decay == 1e5
+
+
 def interrupt(cfg: Config, signum: signal.Signals) -> int:
     """Start a run and end it by a signal after the first epoch, as Ctrl-C or `kill` do; its exit code."""
     with subprocess.Popen(
@@ -588,6 +599,10 @@ def test_evaluate_scores_a_model_on_any_labelled_folder(
     assert (tmp_path / "new" / "evaluate_mine" / "predictions.csv").read_text() == (
         report / "predictions.csv"
     ).read_text()
+    # A second report of that name sets the first aside.
+    assert script(copied, evaluate=str(folder)) == 0
+    assert "evaluate_mine of an earlier run set aside in" in capsys.readouterr().err
+    assert len(list(Path(copied.run_dir).glob("*/evaluate_mine/metrics.json"))) == 1
     assert script(copied, evaluate=copied.data_dir) == 0
     assert f"it was trained on clips of {copied.data_dir}" in capsys.readouterr().out
 
