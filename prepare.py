@@ -109,9 +109,9 @@ def find_audio(folder: Path) -> list[Path]:
 
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, onerror=stop):
-        for link in (Path(parent, name) for name in folders if Path(parent, name).is_symlink()):
-            note(f"note: {link} is a link to a folder: left out")
         folders[:] = filter(is_visible, folders)
+        for link in filter(Path.is_symlink, (Path(parent, name) for name in folders)):
+            note(f"note: {link} is a link to a folder: left out")
         found += [Path(parent, name) for name in files if is_audio(name)]
     return sorted(found)
 

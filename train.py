@@ -263,7 +263,7 @@ def fit(
     torch.manual_seed(seed)
     all_windows = make_loader(train_clips, labels, cache, cfg)
     model = make_network(cfg, len(labels), member, all_windows).to(device)
-    start_from(Path(cfg.run_dir, "init.pth"), model, member, labels)
+    start_from(init_file(cfg), model, member, labels)
     average = make_average(model, cfg.ema_decay)
     optimizer = make_optimizer(model, cfg)
     n_steps = len(make_train_loader(example, labels, cache, cfg, seed))
@@ -320,6 +320,11 @@ def fit(
         show(history[-1])
 
 
+def init_file(cfg: Config) -> Path:
+    """Where a run keeps the model that --init named."""
+    return Path(cfg.run_dir, "init.pth")
+
+
 def start_from(path: Path, model: EmotionCNNGRU, member: int, labels: Sequence[str]) -> None:
     """Give a network the weights of its number in a trained model, mean and std of the features included.
 
@@ -366,8 +371,10 @@ def make_schedules(
     """The warm-up, which steps with every batch, and the plateau, which steps with every epoch after it."""
     n_steps = max(1, cfg.warmup * steps_per_epoch)
     warmup = LinearLR(optimizer, 1 / n_steps, total_iters=n_steps)
-    best: Any = {"mode": "max", "threshold": 0, "min_lr": cfg.learning_rate / 100}
-    return warmup, ReduceLROnPlateau(optimizer, factor=cfg.lr_factor, patience=cfg.lr_patience, **best)
+    floor = cfg.learning_rate / 100
+    return warmup, ReduceLROnPlateau(
+        optimizer, "max", cfg.lr_factor, cfg.lr_patience, threshold=0, min_lr=floor
+    )
 
 
 # ---- several networks ------------------------------------------------------------------------------------
@@ -532,9 +539,9 @@ def start_run(cfg: Config, data: str, *, resume: bool, init: Checkpoint | None) 
         if earlier:
             files = [file for pattern in RUN_FILES for file in sorted(about.parent.glob(pattern))]
             set_aside(files, Path(cfg.run_dir, earlier["run"]))
-        Path(cfg.run_dir, "init.pth").unlink(missing_ok=True)
+        init_file(cfg).unlink(missing_ok=True)
         if init:
-            save_checkpoint(Path(cfg.run_dir, "init.pth"), init)
+            save_checkpoint(init_file(cfg), init)
         run_id = datetime.now().strftime(RUN_ID)
         save_json(about, {"run": run_id, "init": init.run if init else "", **mine})
         return run_id
@@ -1050,10 +1057,10 @@ def evaluate_folder(cfg: Config, folder: str, *, is_named: bool) -> None:
         if earlier["run"] == checkpoint.run and Path(earlier["data_dir"]).resolve() == place:
             about += f", and it was trained on clips of {folder}"
     say(about)
-    earlier = Path(cfg.run_dir, "metrics.json")  # of another folder of that name, or another model
-    if earlier.is_file():
-        date = datetime.fromtimestamp(earlier.stat().st_mtime)
-        set_aside([earlier.parent], home / date.strftime(RUN_ID))
+    metrics = Path(cfg.run_dir, "metrics.json")  # of another folder of that name, or another model
+    if metrics.is_file():
+        date = datetime.fromtimestamp(metrics.stat().st_mtime)
+        set_aside([metrics.parent], home / date.strftime(RUN_ID))
     report(cfg, clips.assign(part="test"), checkpoint, pd.DataFrame(), about)
 
 
@@ -1077,10 +1084,8 @@ def read_run(folder: str) -> tuple[dict[str, Any], pd.DataFrame]:
         if "val" in metrics and "test" not in metrics:
             note(f"note: {folder} has no test part: its validation clips are compared")
         run = json.loads(about.read_text()) if (about := Path(folder, "run.json")).is_file() else {}
-        return metrics["config"] | {
-            "init": run.get("init", ""),
-            "folds": len(metrics.get("folds", [])),
-        }, table
+        how = {"init": run.get("init", ""), "folds": len(metrics.get("folds", []))}
+        return metrics["config"] | how, table
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise UserError(f"{folder} holds no finished run: {error}") from None
 
@@ -1137,7 +1142,7 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
         raise UserError(f"folds = {flags.folds}: must be 0 or at least 2")
     if flags.folds and hasattr(flags, "checkpoint"):
         raise UserError("--folds keeps a checkpoint of each fold in run_dir: leave out --checkpoint")
-    if flags.resume and flags.init and not Path(cfg.run_dir, "init.pth").is_file():
+    if flags.resume and flags.init and not init_file(cfg).is_file():
         raise UserError(f"the run in {cfg.run_dir} did not start from a model: leave out --resume, or --init")
     if Path(cfg.checkpoint).is_dir():
         raise UserError(f"checkpoint = {cfg.checkpoint!r}: is a folder, must be a file")
@@ -1153,9 +1158,7 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
         broadcast([None])  # the others wait for the demo corpus
         mfcc = MFCC(mfcc_constants(cfg), cfg.hop_length)
         clips, init = load_corpus(cfg, mfcc), None
-        start = (
-            Path(cfg.run_dir, "init.pth") if flags.resume else Path(flags.init or "")
-        )  # a resumed run has its own
+        start = init_file(cfg) if flags.resume else Path(flags.init or "")  # a resumed run has its own
         if start.is_file() or (flags.init and not flags.resume):
             init = load_init(start, cfg, sorted(set(clips.emotion)))
         if flags.folds:
