@@ -490,18 +490,20 @@ SECOND = np.stack([1.5 * RAMP, 0.5 * RAMP], axis=1).astype(">f4").tobytes()
         (b"", "exit 1", "ffmpeg finds no audio in it"),
         (b"Hello\n" * 99, "exit 0", "ffmpeg finds no audio in it"),
         (AU, "exit 0", "holds no samples"),
+        (b"", "exec sleep 60", "ffmpeg finds no audio in it"),
     ],
 )
 def test_ffmpeg_decodes_what_libsndfile_cannot(
     output: bytes, then: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the suffix; a program that fails or prints rubbish costs no more than its file."""
+    """Whatever the suffix; a program that fails, hangs or prints rubbish costs no more than its file."""
     (tmp_path / "output").write_bytes(output)
     ffmpeg = tmp_path / "ffmpeg"
     ffmpeg.write_text(f"#!/bin/sh\nset -e\ncat '{tmp_path}/output'\n{then}\n")
     ffmpeg.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     (tmp_path / "a.wav").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(99))
+    monkeypatch.setattr("prepare.FFMPEG_SECONDS", 2)
     recording = Recording(tmp_path / "a.wav", Config(sample_rate=16000, duration=0.5))
     if SECOND in output:
         np.testing.assert_array_equal(np.concatenate(list(recording)), RAMP)  # the mean of the channels
