@@ -520,7 +520,8 @@ def check_flags(flags: Any) -> None:  # noqa: ANN401 - argparse.Namespace
     for names, is_useless, why in (
         ("submission data_dir test_dir fill", no_test, "is for the test folder: leave it out"),
         ("timeline json output abstain", not flags.paths, "is for files: name files, folders or patterns"),
-        ("step run_dir", not flags.timeline, "is for --timeline: leave it out, or add --timeline"),
+        ("step", not flags.timeline, "is for --timeline: leave it out, or add --timeline"),
+        ("run_dir", not flags.timeline, "is for --timeline: a run's model is named with --checkpoint"),
     ):
         for name in names.split():
             if is_useless and getattr(flags, name, ""):
