@@ -142,10 +142,7 @@ def find_clips(cfg: Config) -> pd.DataFrame:
     clips = _list_clips(cfg, manifest.index[manifest.emotion != ""])
     told = manifest.reindex(clips.path, fill_value="").reset_index(drop=True)
     clips["speaker"] = clips.speaker.where(told.speaker == "", told.speaker)
-    clips["by_name"] = _names_decide(clips, told.emotion, cfg)
-    if cfg.labels_from == "auto":
-        _check_folders(clips[told.emotion == ""], root)
-    label = clips.emotion.where(clips.by_name, clips.folder).where(told.emotion == "", told.emotion)
+    clips["by_name"], label = _label(clips, told.emotion, cfg)
     clips["emotion"] = _spell(label, clips.by_name)
     for emotion in sorted(set(clips.emotion)):
         check_csv_name(emotion)
@@ -207,6 +204,25 @@ def emotion_of(word: str) -> str:
 def class_of(label: str) -> str:
     """The emotion that a label means, or else the label in small letters: equal for labels of one class."""
     return emotion_of(label) or label.lower()
+
+
+def _label(
+    clips: pd.DataFrame, told: "pd.Series[str]", cfg: Config
+) -> tuple["pd.Series[bool]", "pd.Series[str]"]:
+    """Which clips are labelled by their names, and the label of each; `told` is what the manifest says."""
+    if cfg.labels_from == "manifest":
+        if not any(told):
+            raise UserError("labels_from = 'manifest': pass a --manifest with the columns filename, emotion")
+        return told.map(lambda _: False), told
+    by_name = _names_decide(clips, told, cfg)
+    if cfg.labels_from == "auto":
+        _check_folders(clips.assign(by_name=by_name)[told == ""], Path(cfg.data_dir))
+    if any(told) and (n_more := int((told == "").sum())):
+        note(
+            f"note: {n_more} clips that the manifest does not label are used where folder or name tell the "
+            "label: --labels_from manifest leaves them out"
+        )
+    return by_name, clips.emotion.where(by_name, clips.folder).where(told == "", told)
 
 
 def _names_decide(clips: pd.DataFrame, told: "pd.Series[str]", cfg: Config) -> "pd.Series[bool]":
@@ -280,7 +296,7 @@ def _explain(clips: pd.DataFrame) -> None:
     for reason, text in {
         "copy": "further copies of clips, by their names, are left out",
         "extra label": "clip(s) of calm or boredom are left out (--extra_labels keep takes them)",
-        "no label": "clip(s) in no class folder, with names that tell no emotion, are left out",
+        "no label": "clip(s) that neither manifest, folder nor name label are left out",
     }.items():
         if len(rows := clips[clips.left_out == reason]):
             note(f"note: {len(rows)} {text}: {rows.path.iloc[0]}")

@@ -131,7 +131,7 @@ def test_clips_are_those_in_class_folders_by_file_name(tmp_path: Path, capsys: C
     assert list(table.emotion) == ["Angry", "Sad", "Angry", "Sad"]
     assert list(table.speaker) == ["CREMA-D 1001", "", "", ""]
     err = capsys.readouterr().err
-    assert f"1 clip(s) in no class folder, with names that tell no emotion, are left out: {root}/stray" in err
+    assert f"1 clip(s) that neither manifest, folder nor name label are left out: {root}/stray" in err
     assert f"class folder {root / 'Empty'} has no clips: left out" in err
     assert err.count("\n") == 2
 
@@ -325,7 +325,7 @@ def test_manifest_tells_speakers(tmp_path: Path) -> None:
     assert speakers == listed | {"b.wav": "", "KL_sa15.wav": "SAVEE KL"}
 
 
-def test_manifest_tells_emotions(tmp_path: Path) -> None:
+def test_manifest_tells_emotions(tmp_path: Path, capsys: Capture) -> None:
     """Of own clips beside a corpus and class folders; it lies in the data folder."""
     cfg = lay_out(tmp_path / "d", "CREMA-D", lambda *_: "AudioWAV")
     touch(tmp_path / "d", "me/1.wav", "me/2.wav", "me/3.wav", "4.wav", "Sad/5.wav", "Sad/6.wav")
@@ -345,6 +345,20 @@ def test_manifest_tells_emotions(tmp_path: Path) -> None:
     }
     assert set(found.emotion[found.corpus == "CREMA-D"]) == {"anger", "joy", "Sad"}
     assert list(found.path[found.left_out == "no label"]) == [str(tmp_path / "d/me/3.wav")]
+    assert "14 clips that the manifest does not label are used where folder" in capsys.readouterr().err
+
+
+def test_manifest_can_be_the_whole_data_set(tmp_path: Path) -> None:
+    cfg = replace(lay_out(tmp_path / "d", "CREMA-D", lambda *_: "AudioWAV"), labels_from="manifest")
+    touch(tmp_path / "d", "Sad/5.wav", "me/1.wav")
+    with pytest.raises(UserError, match="labels_from = 'manifest': pass a --manifest with the columns"):
+        find_clips(cfg)
+    table = tmp_path / "d" / "manifest.csv"
+    table.write_text("filename,emotion\nme/1.wav,joy\nAudioWAV/1001_DFA_ANG_XX.wav,rage\n")
+    found = find_clips(cfg)
+    used = found[found.left_out == ""]
+    assert dict(zip(used.emotion, used.speaker, strict=True)) == {"joy": "", "rage": "CREMA-D 1001"}
+    assert set(found.left_out) == {"", "no label"}
 
 
 @pytest.mark.parametrize(
