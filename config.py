@@ -37,7 +37,7 @@ class Config:
     checkpoint: str = "best_emotion_model.pth"  # the trained model; of train.py --run_dir A, in A
     submission: str = "submission.csv"  # what inference.py writes for the test clips
     manifest: str = ""  # CSV with filename and emotion or speaker; empty: manifest.csv in data_dir
-    labels_from: Literal["auto", "folders", "manifest"] = "auto"  # auto: names of files, or else of folders
+    labels_from: Literal["auto", "folders", "manifest"] = "auto"  # auto: folders, unless file names disagree
     extra_labels: Literal["drop", "keep"] = "drop"  # calm and boredom, where labels come from file names
 
     # ---- audio: a change extracts the features anew -----------------------------------------------------
