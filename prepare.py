@@ -45,6 +45,7 @@ import soundfile
 import soxr
 import torch
 from filelock import FileLock
+from joblib import cpu_count
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -645,7 +646,7 @@ def map_files(work: Work, paths: Sequence[str], cfg: Config) -> Generator[Any, N
 
     A file whose decoder crashes costs its chunk: each file in it becomes an AudioError.
     """
-    n_workers = min(cfg.num_workers if cfg.num_workers >= 0 else n_cores(), len(paths))
+    n_workers = min(cfg.num_workers if cfg.num_workers >= 0 else cpu_count(), len(paths))
     size = max(1, min(CHUNK, len(paths) // max(1, n_workers)))  # a few long files have all cores
     chunks = deque(paths[start : start + size] for start in range(0, len(paths), size))
     if n_workers == 0:
@@ -673,11 +674,6 @@ def map_files(work: Work, paths: Sequence[str], cfg: Config) -> Generator[Any, N
             alone = not alone
         finally:
             pool.shutdown(cancel_futures=True)
-
-
-def n_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 _work: Work  # what a worker does, set when it starts

@@ -45,6 +45,7 @@ import numpy as np
 import pandas as pd
 import torch
 from filelock import FileLock, Timeout
+from joblib import cpu_count
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau
@@ -88,7 +89,6 @@ from prepare import (
     load_corpus,
     make_demo,
     mfcc_constants,
-    n_cores,
     start_child,
 )
 
@@ -391,7 +391,7 @@ def fit_members(
     Raises:
         UserError: A loss is no longer finite, or a process died.
     """
-    n_parallel = min(len(tables), n_cores())
+    n_parallel = min(len(tables), cpu_count())
     waiting: list[dict[str, Any]] = [
         {"cfg": cfg, "clips": clips, "mfcc": mfcc, "member": member, "resume": resume}
         for member, clips in enumerate(tables, start=1)
@@ -406,7 +406,7 @@ def fit_members(
         while waiting or running:
             while waiting and len(running) < n_parallel:
                 ours, theirs = context.Pipe(duplex=False)
-                n_threads = n_cores() // n_parallel
+                n_threads = cpu_count() // n_parallel
                 running[ours] = context.Process(
                     target=_fit_in_child, args=(theirs, n_threads, waiting.pop(0))
                 )
