@@ -76,11 +76,12 @@ EXTRA_LABELS = frozenset({"Calm", "Bored"})  # that few corpora have
 _BY_CODE = {name: emotion for emotion, names in _NAMES.items() for name in names.split()}
 _BY_WORD = {name.lower(): emotion for name, emotion in _BY_CODE.items() if len(name) > 2}
 
-# How the common corpora name their files. A new one also needs its codes in _NAMES.
+# How the common corpora name their files, RAVDESS with 01 for a film with sound and 03 for the sound alone. A
+# new one also needs its codes in _NAMES.
 _CORPORA = {
     "CREMA-D": r"(?P<speaker>1\d{3})_[A-Z]{3}_(?P<code>ANG|DIS|FEA|HAP|NEU|SAD)_(?:LO|MD|HI|XX?)",
-    "RAVDESS speech": r"03-01-(?P<code>0[1-8])-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",
-    "RAVDESS song": r"03-02-(?P<code>0[1-8])-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",
+    "RAVDESS speech": r"0[13]-01-(?P<code>0[1-8])-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",
+    "RAVDESS song": r"0[13]-02-(?P<code>0[1-8])-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",
     "SAVEE": r"(?P<speaker>DC|JE|JK|KL)_(?P<code>sa|su|a|d|f|h|n)\d\d",
     "EmoDB": r"(?P<speaker>\d\d)[ab]\d\d(?P<code>[AEFLNTW])[a-f]?",
     "TESS": r"(?P<speaker>OA|YA)F?_[a-z]+_(?P<code>angry|disgust|fear|happy|neutral|ps|sad)",
@@ -134,9 +135,7 @@ def find_clips(cfg: Config) -> pd.DataFrame:
     """
     root = Path(cfg.data_dir)
     if not root.is_dir():
-        raise UserError(
-            f"no data folder {root}: give --data_dir a folder of clips per emotion, or try --demo"
-        )
+        raise UserError(f"no data folder {root}: name one with a folder of clips per emotion, or try --demo")
     manifest = pd.DataFrame(columns=["emotion", "speaker"])
     if cfg.manifest or (root / "manifest.csv").is_file():
         manifest = read_manifest(Path(cfg.manifest or root / "manifest.csv"), root)
@@ -179,10 +178,15 @@ def _list_clips(cfg: Config, listed: Iterable[str]) -> pd.DataFrame:
 
 
 def clip_name(path: str) -> str:
-    """The file name that tells a clip from all others of its corpus: SAVEE's DC/a01.wav is DC_a01.wav."""
+    """The file name that tells a clip from all others of its corpus.
+
+    SAVEE's DC/a01.wav is DC_a01.wav, and a film of RAVDESS has the name of its sound alone.
+    """
     folder, name = Path(path).parent.name, Path(path).name
     full = f"{folder}_{name}"
-    return full if re.fullmatch(_CORPORA["SAVEE"], Path(full).stem) else name
+    if re.fullmatch(_CORPORA["SAVEE"], Path(full).stem):
+        return full
+    return re.sub(r"^01(-0[12]-0[1-8](-\d\d){4}\.)", r"03\1", name)
 
 
 def parse_names(paths: Iterable[str]) -> pd.DataFrame:
@@ -280,10 +284,12 @@ def _leave_out(clips: pd.DataFrame, cfg: Config) -> "pd.Series[str]":
     if cfg.extra_labels == "drop":
         reason[clips.by_name & clips.emotion.map(emotion_of).isin(EXTRA_LABELS)] = "extra label"
     reason[clips.emotion == ""] = "no label"
-    rest = clips[(reason == "") & (clips.corpus != "other")]
-    stems = rest.assign(stem=[Path(name).stem for name in rest.name])
-    copies = stems.duplicated(["stem", "emotion"], keep="last")  # the last is the wav beside an mp3
-    reason[rest.index[copies]] = "copy"
+    rest = clips[reason == ""]
+    # What no convention names is a copy only of the file beside it: a wav and an mp3, say.
+    own = rest.path.where(rest.corpus == "other", rest.name)
+    copies = rest.assign(stem=[os.path.splitext(name)[0] for name in own])  # noqa: PTH122
+    # The last is the wav beside an mp3.
+    reason[rest.index[copies.duplicated(["stem", "emotion"], keep="last")]] = "copy"
     return reason
 
 
