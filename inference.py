@@ -35,6 +35,7 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -102,15 +103,22 @@ def own_or_bundled(recordings: str) -> Path:
     return own if own.exists() else PRETRAINED[recordings]
 
 
+_THREADS = threading.Lock()
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """Let PyTorch use one thread for a while: for one window, threads start too slowly."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_threads)
+    """Let PyTorch use one thread for a while: for one window, threads start too slowly.
+
+    How many it uses holds for the whole process, so predictions from several threads take turns.
+    """
+    with _THREADS:
+        n_threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(n_threads)
 
 
 class Recognizer:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import unicodedata
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -359,6 +360,21 @@ def test_every_window_of_a_long_file_counts(trained: Trained, tmp_path: Path) ->
 
 
 # ---- from Python -----------------------------------------------------------------------------------------
+
+
+def test_recognizer_in_several_threads_leaves_pytorch_as_it_was(trained: Trained) -> None:
+    n_threads, recognizer = torch.get_num_threads(), Recognizer(trained.cfg.checkpoint, device="cpu")
+    clips = [np.sin(np.arange(RATE) * pitch).astype(np.float32) for pitch in np.linspace(0.01, 0.1, 12)]
+    expected = recognizer.predict(clips, RATE)
+    torch.set_num_threads(3)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(lambda clip: recognizer.predict(clip, RATE), clips))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(n_threads)
+    for result, alone in zip(results, expected, strict=True):
+        assert result.probabilities == pytest.approx(alone.probabilities, abs=1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "int16", "int32"])
