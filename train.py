@@ -488,6 +488,7 @@ def train(
     if not bar.n:
         note(f"note: nothing was left to train: for more, start a new run with --init {cfg.checkpoint}")
     collected = collect(cfg, tables, mfcc, run_id) if rank() == 0 else None
+    Path(cfg.run_dir, "unfinished.pth").unlink(missing_ok=True)
     return report(cfg, clips, *collected, about) if collected else pd.DataFrame()
 
 

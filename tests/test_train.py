@@ -684,8 +684,13 @@ def test_init_with_other_classes_has_a_new_last_layer(copied: Config) -> None:
 
 
 def test_resume_of_a_finished_run_points_to_init(copied: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    before = (Path(copied.run_dir) / "predictions.csv").read_text()
+    before, stale = (
+        (Path(copied.run_dir) / "predictions.csv").read_text(),
+        Path(copied.run_dir, "unfinished.pth"),
+    )
+    stale.touch()
     assert script(copied, resume=True) == 0
+    assert not stale.exists()
     assert f"a new run with --init {copied.checkpoint}" in capsys.readouterr().err
     assert (Path(copied.run_dir) / "predictions.csv").read_text() == before
 
