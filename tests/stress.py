@@ -61,8 +61,9 @@ ALONE = {"prepare": 0.7, "train": 0.05, "inference": 0.7}  # share of the starts
 def write_corpus(folder: Path) -> None:
     """Write 4 classes of 100 short clips, hard to tell apart, and 40 clips to label."""
     rng, seconds = np.random.default_rng(0), np.arange(2400) / 8000
+    emotions = ["Angry", "Happy", "Neutral", "Sad"]
     for number in range(440):
-        parent = folder / ("Test" if number >= 400 else f"class{number % 4}")
+        parent = folder / ("Test" if number >= 400 else emotions[number % 4])
         parent.mkdir(parents=True, exist_ok=True)
         tone = 0.2 * np.sin(2 * np.pi * (300 + 60 * (number % 4)) * seconds)
         soundfile.write(parent / f"{number}.wav", tone + 0.2 * rng.normal(size=2400), 8000)
