@@ -1148,17 +1148,17 @@ def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
     if Path(cfg.checkpoint).is_dir():
         raise UserError(f"checkpoint = {cfg.checkpoint!r}: is a folder, must be a file")
     with torchrun(cfg), contextlib.ExitStack() as stack:
+        if flags.demo and rank() == 0:
+            make_demo(Path(cfg.data_dir))
+        broadcast([None])  # the others wait for the demo corpus
+        mfcc = MFCC(mfcc_constants(cfg), cfg.hop_length)
+        clips, init = load_corpus(cfg, mfcc), None
         if rank() == 0:
-            if flags.demo:
-                make_demo(Path(cfg.data_dir))
             Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
             try:
                 stack.enter_context(FileLock(Path(cfg.run_dir, ".lock"), timeout=1))
             except Timeout:
                 raise UserError(f"another run is writing to {cfg.run_dir}: wait, or pass --run_dir") from None
-        broadcast([None])  # the others wait for the demo corpus
-        mfcc = MFCC(mfcc_constants(cfg), cfg.hop_length)
-        clips, init = load_corpus(cfg, mfcc), None
         start = init_file(cfg) if flags.resume else Path(flags.init or "")  # a resumed run has its own
         if start.is_file() or (flags.init and not flags.resume):
             init = load_init(start, cfg, sorted(set(clips.emotion)))
