@@ -1,4 +1,4 @@
-"""Every setting of the pipeline, and how a script begins and ends.
+"""Every setting of the pipeline; how a script begins, speaks, writes files and ends.
 
 Edit a default below, or give it as a flag: `python train.py --learning_rate 5e-4`. Settings that shape the
 features or the network are stored in the checkpoint, and inference.py takes them from there.
@@ -8,17 +8,52 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import errno
+import glob
 import inspect
 import io
 import os
 import re
+import select
 import signal
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# ---- kinds of settings -----------------------------------------------------------------------------------
+
+
+class Rule(NamedTuple):
+    """What the values of a setting have to be."""
+
+    is_valid: Callable[[Any], bool]
+    text: str  # follows "must be"
+
+
+Text = Annotated[str, Rule(lambda v: bool(v.strip()), "not empty")]
+Device = Annotated[
+    str, Rule(lambda v: bool(re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", v)), "auto, cpu, cuda, cuda:N or mps")
+]
+AtLeast0 = Annotated[int, Rule(lambda v: v >= 0, "at least 0")]
+Count = Annotated[int, Rule(lambda v: v >= 1, "at least 1")]
+AtLeast2 = Annotated[int, Rule(lambda v: v >= 2, "at least 2")]
+Hertz = Annotated[int, Rule(lambda v: 1000 <= v <= 768_000, "1,000 to 768,000")]
+Seed = Annotated[int, Rule(lambda v: 0 <= v < 2**31, "0 to 2,147,483,647")]
+Workers = Annotated[int, Rule(lambda v: v >= -1, "at least -1")]
+Positive = Annotated[float, Rule(lambda v: 0 < v < float("inf"), "above 0")]
+NotNegative = Annotated[float, Rule(lambda v: 0 <= v < float("inf"), "at least 0")]
+Below1 = Annotated[float, Rule(lambda v: 0 <= v < 1, "at least 0 and below 1")]
+Between0And1 = Annotated[float, Rule(lambda v: 0 < v < 1, "above 0 and below 1")]
+Precision = Literal["auto", "float32", "bfloat16"]
+
+# ---- settings --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,76 +65,74 @@ class Config:
     """
 
     # ---- places -----------------------------------------------------------------------------------------
-    data_dir: str = "data/dataset"  # a folder of clips per emotion, or corpora as they come; may be read-only
+    data_dir: Text = "data/dataset"  # a folder of clips per emotion, or corpora as they are downloaded
     test_dir: str = ""  # unlabelled clips for the submission; empty: the folder Test in data_dir
-    cache_dir: str = "cache"  # extracted features; safe to delete
-    run_dir: str = "run"  # history, metrics, figures, and what --resume continues from
-    checkpoint: str = "best_emotion_model.pth"  # the trained model; of train.py --run_dir A, in A
-    submission: str = "submission.csv"  # what inference.py writes for the test clips
+    cache_dir: Text = "cache"  # extracted features; safe to delete
+    run_dir: Text = "run"  # history, metrics, figures, and what --resume continues from
+    checkpoint: Text = "best_emotion_model.pth"  # the trained model; of train.py --run_dir A, in A
+    submission: Text = "submission.csv"  # what inference.py writes for the test clips
     manifest: str = ""  # CSV with filename and emotion or speaker; empty: manifest.csv in data_dir
     labels_from: Literal["auto", "folders", "manifest"] = "auto"  # auto: folders, unless file names disagree
     extra_labels: Literal["drop", "keep"] = "drop"  # calm and boredom, where labels come from file names
 
     # ---- audio: a change extracts the features anew -----------------------------------------------------
-    sample_rate: int = 22050  # Hz; every clip is resampled to it
-    duration: float = 3.0  # seconds in a window; a longer clip has several, a shorter one is zero-padded
-    max_windows: int = 4  # windows of a clip used in training; 1: its first 3 seconds alone
-    n_mfcc: int = 40  # cepstral coefficients; delta and delta-delta make 120 rows of features
-    n_fft: int = 2048  # samples per frame, 93 ms at 22,050 Hz
-    hop_length: int = 512  # samples from frame to frame, 23 ms at 22,050 Hz
-    n_mels: int = 128  # mel bands under the cepstrum
+    sample_rate: Hertz = 22050  # Hz; every clip is resampled to it
+    duration: Positive = 3.0  # seconds in a window; a longer clip has several, a shorter one is zero-padded
+    max_windows: Count = 4  # windows of a clip used in training; 1: its first 3 seconds alone
+    n_mfcc: Count = 40  # cepstral coefficients; delta and delta-delta make 120 rows of features
+    n_fft: Count = 2048  # samples per frame, 93 ms at 22,050 Hz
+    hop_length: Count = 512  # samples from frame to frame, 23 ms at 22,050 Hz
+    n_mels: Count = 128  # mel bands under the cepstrum
 
     # ---- network ----------------------------------------------------------------------------------------
     recordings: Literal["same", "any"] = "same"  # to label: like the training clips, or of any quality
-    ensemble: int = 8  # networks, each trained from its own seed; their probabilities are averaged
+    ensemble: Count = 8  # networks, each trained from its own seed; their probabilities are averaged
     cmn: Literal["none", "all", "alternate"] = "alternate"  # cepstral mean normalisation, in which networks
-    conv_channels: int = 128  # channels of the first convolution; each further block has half as many more
-    conv_blocks: int = 3  # convolution blocks; each halves the number of frames
-    conv_kernel: int = 5  # frames under a convolution kernel
-    gru_hidden: int = 112  # units per direction
-    gru_layers: int = 2  # stacked bidirectional layers
-    dropout: float = 0.35  # probability, between the GRU layers and in the head
-    conv_dropout: float = 0.1  # probability, after each convolution block
+    conv_channels: Count = 128  # of the first convolution; each further block has half as many more
+    conv_blocks: Count = 3  # convolution blocks; each halves the number of frames
+    conv_kernel: Count = 5  # frames under a convolution kernel
+    gru_hidden: AtLeast2 = 112  # units per direction
+    gru_layers: Count = 2  # stacked bidirectional layers
+    dropout: Below1 = 0.35  # probability, between the GRU layers and in the head
+    conv_dropout: Below1 = 0.1  # probability, after each convolution block
 
     # ---- data split: clips with the same audio stay together --------------------------------------------
     split: Literal["random", "speaker"] = "random"  # by clip, or no speaker in two parts
-    val_fraction: float = 0.1  # chooses the epoch, steers learning rate and early stopping
-    test_fraction: float = 0.1  # scored once, after training; 0: train on these clips too
-    seed: int = 0  # of split, initial weights, shuffling, augmentation and dropout
+    val_fraction: Between0And1 = 0.1  # chooses the epoch, steers learning rate and early stopping
+    test_fraction: Below1 = 0.1  # scored once, after training; 0: train on these clips too
+    seed: Seed = 0  # of split, initial weights, shuffling, augmentation and dropout
 
     # ---- training ---------------------------------------------------------------------------------------
-    batch_size: int = 64  # clips per step
-    epochs: int = 40  # at most; early stopping may end training sooner
-    min_steps: int = 25  # steps per epoch at least: small data sets are repeated within an epoch
-    learning_rate: float = 3e-3  # of AdamW
-    warmup: int = 2  # epochs in which the learning rate rises linearly to its full value
-    weight_decay: float = 2e-2  # L2 (decoupled, as AdamW has it), on weight matrices alone
-    label_smoothing: float = 0.05  # part of each target that is spread over all classes
-    patience: int = 10  # early stopping: epochs without a better accuracy or a fall of the learning rate
-    lr_factor: float = 0.5  # ReduceLROnPlateau: the learning rate is multiplied by this
-    lr_patience: int = 2  # ReduceLROnPlateau: epochs without a better validation accuracy before that
-    ema_decay: float = 0.999  # per step, of the averaged weights that are evaluated and saved; 0: no average
-    vtlp: float = 0.08  # augmentation: formants and pitch move by up to this fraction
-    tempo: float = 0.12  # augmentation: tempo changes by up to this fraction
-    shift: float = 0.14  # augmentation: seconds by which a window starts earlier or later at most
+    batch_size: AtLeast2 = 64  # clips per step
+    epochs: Count = 40  # at most; early stopping may end training sooner
+    min_steps: Count = 25  # steps per epoch at least: small data sets are repeated within an epoch
+    learning_rate: Positive = 3e-3  # of AdamW
+    warmup: AtLeast0 = 2  # epochs in which the learning rate rises linearly to its full value
+    weight_decay: NotNegative = (
+        2e-2  # of AdamW, on weight matrices alone: decoupled from the gradient, unlike L2
+    )
+    label_smoothing: Below1 = 0.05  # part of each target that is spread over all classes
+    patience: Count = 10  # early stopping: epochs without a better accuracy or a fall of the learning rate
+    lr_factor: Between0And1 = 0.5  # ReduceLROnPlateau: the learning rate is multiplied by this
+    lr_patience: AtLeast0 = 2  # ReduceLROnPlateau: epochs without a better validation accuracy before that
+    ema_decay: Below1 = 0.999  # per step, of the averaged weights that are evaluated and saved; 0: no average
+    vtlp: Below1 = 0.08  # augmentation: formants and pitch move by up to this fraction
+    tempo: Below1 = 0.12  # augmentation: tempo changes by up to this fraction
+    shift: NotNegative = 0.14  # augmentation: seconds by which a window starts earlier or later at most
 
     # ---- machine ----------------------------------------------------------------------------------------
-    device: str = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, cuda:N or mps
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of training; auto: mixed where that is fast
-    num_workers: int = -1  # processes that read clips; -1: one per core, 0: none but this one
+    device: Device = "auto"  # auto (cuda if there is one, else cpu), cpu, cuda, cuda:N or mps
+    precision: Precision = "auto"  # of training; auto: the faster, by measurement
+    num_workers: Workers = -1  # processes that read clips; -1: one per core, 0: none but this one
 
     def __post_init__(self) -> None:
         """Check every value, so that a bad edit or flag stops here and not an hour into a run."""
         for field in dataclasses.fields(self):
-            value, choices, kind = getattr(self, field.name), get_args(field.type), _kind(field)
+            value, (kind, rule) = getattr(self, field.name), kind_of(field)
             if type(value) is not kind and not (kind is float and type(value) is int):
-                self._refuse(field.name, f"must be {_KINDS[kind]}")
-            if choices and value not in choices:
-                self._refuse(field.name, f"must be {', '.join(choices)}")
-        for names, (is_valid, rule) in _RULES.items():
-            for name in names.split():
-                if not is_valid(getattr(self, name)):
-                    self._refuse(name, f"must be {rule}")
+                self._refuse(field.name, f"must be {_TYPE_NAMES[kind]}")
+            if not rule.is_valid(value):
+                self._refuse(field.name, f"must be {rule.text}")
         if self.n_mfcc > self.n_mels:
             self._refuse("n_mfcc", f"must be at most n_mels ({self.n_mels})")
         if not 9 <= self.n_frames <= 4096:  # delta spans 9 frames, and is a matrix of n_frames ** 2
@@ -137,8 +170,9 @@ class Config:
         Raises:
             UserError: A field is missing, unknown or bad.
         """
-        if odd := (MODEL_FIELDS - set(values)) | (set(values) - set(cls.__dataclass_fields__)):
-            raise UserError(f"settings of another version: missing or unknown {', '.join(sorted(odd))}")
+        unknown = (MODEL_FIELDS - set(values)) | (set(values) - set(cls.__dataclass_fields__))
+        if unknown:
+            raise UserError(f"settings of another version: missing or unknown {', '.join(sorted(unknown))}")
         return cls(**values)
 
 
@@ -146,9 +180,9 @@ class Config:
 RUNTIME_FIELDS = frozenset(
     "data_dir test_dir cache_dir run_dir checkpoint submission manifest batch_size device num_workers".split()
 )
+AUDIO_FIELDS = frozenset("sample_rate duration n_mfcc n_fft hop_length n_mels".split())
 # What shapes features and network: inference takes it from the checkpoint, whatever config.py says.
-MODEL_FIELDS = frozenset(
-    "sample_rate duration n_mfcc n_fft hop_length n_mels "
+MODEL_FIELDS = AUDIO_FIELDS | frozenset(
     "ensemble recordings cmn conv_channels conv_blocks conv_kernel gru_hidden gru_layers".split()
 )
 # Where a demo reads and writes: beside everything real, so that it can neither replace nor shadow it.
@@ -156,38 +190,21 @@ DEMO = {
     "data_dir": "data/demo",
     "test_dir": "data/demo/Test",
     "run_dir": "run_demo",
-    "cache_dir": "run_demo/cache",
     "checkpoint": "run_demo/best_emotion_model.pth",
     "submission": "run_demo/submission.csv",
 }
 
-_KINDS: dict[Any, str] = {int: "a whole number", float: "a number", str: "text"}
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "data_dir cache_dir run_dir checkpoint submission": (lambda v: bool(v.strip()), "not empty"),
-    "max_windows n_mfcc n_fft hop_length n_mels ensemble conv_channels conv_blocks conv_kernel gru_layers "
-    "epochs min_steps patience": (lambda v: v >= 1, "at least 1"),
-    "batch_size gru_hidden": (lambda v: v >= 2, "at least 2"),
-    "sample_rate": (lambda v: 1000 <= v <= 768_000, "1,000 to 768,000"),
-    "seed": (lambda v: 0 <= v < 2**31, "0 to 2,147,483,647"),
-    "warmup lr_patience": (lambda v: v >= 0, "at least 0"),
-    "num_workers": (lambda v: v >= -1, "at least -1"),
-    "dropout conv_dropout test_fraction label_smoothing ema_decay vtlp tempo": (
-        lambda v: 0 <= v < 1,
-        "at least 0 and below 1",
-    ),
-    "val_fraction lr_factor": (lambda v: 0 < v < 1, "above 0 and below 1"),
-    "learning_rate duration": (lambda v: 0 < v < float("inf"), "above 0"),
-    "weight_decay shift": (lambda v: 0 <= v < float("inf"), "at least 0"),
-    "device": (
-        lambda v: re.fullmatch(r"auto|cpu|cuda(:\d+)?|mps", v) is not None,
-        "auto, cpu, cuda, cuda:N or mps",
-    ),
-}
+_TYPE_NAMES = {int: "a whole number", float: "a number", str: "text"}
 
 
-def _kind(field: "dataclasses.Field[Any]") -> Any:  # noqa: ANN401 - a type
-    """The type of a setting's values."""
-    return str if get_args(field.type) else field.type
+def kind_of(field: "dataclasses.Field[Any]") -> tuple[Any, Rule]:
+    """The type of a setting's values, and their rule, from its annotation."""
+    arguments = get_args(field.type)
+    if get_origin(field.type) is Annotated:
+        return arguments[0], arguments[1]
+    if arguments:  # of Literal
+        return str, Rule(lambda value: value in arguments, ", ".join(arguments))
+    return field.type, Rule(lambda _: True, "")
 
 
 class UserError(Exception):
@@ -216,12 +233,15 @@ def make_parser(description: str | None, fields: Collection[str] | None = None) 
         description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--demo", action="store_true", help="use a small synthetic corpus, in data/demo")
+    source = ""
+    with contextlib.suppress(OSError):  # a frozen program has none
+        source = inspect.getsource(Config)
     # The help texts are the comments beside the settings.
-    comments = dict(re.findall(r"^    (\w+): .*? = .*?  # (.*)$", inspect.getsource(Config), re.MULTILINE))
+    comments = dict(re.findall(r"^    (\w+): .*? = .*?  # (.*)$", source, re.MULTILINE))
     for field in dataclasses.fields(Config):
         if fields is None or field.name in fields:
-            kind = _kind(field)
-            shown = ", ".join(get_args(field.type)) or kind.__name__.upper()
+            kind, rule = kind_of(field)
+            shown = rule.text if get_origin(field.type) is Literal else kind.__name__.upper()
             text = f"{comments.get(field.name, '')} [{field.default!r}]".replace("%", "%%")
             parser.add_argument(
                 f"--{field.name}", default=argparse.SUPPRESS, type=kind, metavar=shown, help=text
@@ -240,18 +260,19 @@ def parse(
     flags = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word[:2] == "--"]
     known, unknown = parser.parse_known_intermixed_args(argv)
     if twice := [flag for flag in flags if flags.count(flag) > 1]:
-        parser.error(f"{twice[0]} is given twice")
+        how = ": name several models in one, --checkpoint a.pth,b.pth" if twice[0] == "--checkpoint" else ""
+        parser.error(f"{twice[0]} is given twice{how}")
     if unknown:
         parser.error(_explain(unknown[0], parser))
     names = [field.name for field in dataclasses.fields(Config)]
     values = {name: value for name, value in vars(known).items() if name in names}
     if known.demo:
-        if places := sorted(DEMO.keys() & values.keys()):
-            parser.error(f"--demo has its own folders: leave out --{places[0]}")
+        if fixed := sorted(DEMO.keys() & values.keys()):
+            parser.error(f"--demo has its own folders: leave out --{fixed[0]}")
         values = {"ensemble": 2, "epochs": 12, "min_steps": 1} | values | DEMO  # quick
-    home = Path(values.get("run_dir", Config.run_dir))
-    if home != Path(Config.run_dir):  # a run of its own folder keeps its model there
-        values = {"checkpoint": str(home / Config.checkpoint)} | values
+    run_dir = Path(values.get("run_dir", Config.run_dir))
+    if run_dir != Path(Config.run_dir):  # a run of its own folder keeps its model there
+        values = {"checkpoint": str(run_dir / Config.checkpoint)} | values
     try:
         return Config(**values), known
     except UserError as error:
@@ -265,14 +286,15 @@ def _explain(argument: str, parser: argparse.ArgumentParser) -> str:
     if name in Config.__dataclass_fields__:
         why = "" if name in RUNTIME_FIELDS else ": what it sets is settled when train.py runs"
         return f"--{name} has no effect on this script{why}"
-    if Path(argument).exists():  # its name begins with a dash
-        return f"unknown argument {argument}: if it is a file, name it ./{argument}"
+    if os.path.lexists(argument):
+        how = f"a file is named ./{argument}" if argument[0] == "-" else "clips are named with --data_dir"
+        return f"unknown argument {argument}: {how}"
     initials = {"".join(word[0] for word in flag.split("_")): flag for flag in flags if "_" in flag}
     hint = next(iter([*filter(None, [initials.get(name)]), *difflib.get_close_matches(name, flags)]), "")
     return f"unknown argument {argument}" + (f": did you mean --{hint}?" if hint else "")
 
 
-# ---- messages, and how a script ends ---------------------------------------------------------------------
+# ---- messages --------------------------------------------------------------------------------------------
 
 
 def printable(text: str) -> str:
@@ -287,6 +309,89 @@ def note(message: str) -> None:
             print(printable(message), file=sys.stderr, flush=True)
 
 
+def say(text: str) -> None:
+    """Print results to stdout, and go on when nobody reads it any more: the model is worth more."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - open until the end
+
+
+# ---- files -----------------------------------------------------------------------------------------------
+
+
+def save_file(path: Path, content: bytes) -> None:
+    """Write a file in one step: whatever happens, the old or the new one is there, never half of one.
+
+    Raises:
+        OSError: It cannot be written, or is no regular file; the old file is as it was.
+    """
+    path = path.resolve()  # a link stays one
+    if path.exists() and not path.is_file():  # /dev/null would become a file
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(glob.escape(f".{path.name}.") + "*.tmp"):  # of a process that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - stale.stat().st_mtime > 60:
+                stale.unlink()
+    # In the same folder, or it could not be moved in one step.
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
+
+
+def save_view(path: Path, make: Callable[[], bytes]) -> bool:
+    """Write what is only to look at, and say whether that went well.
+
+    Whatever goes wrong is a warning, since the model, or the rows, are worth more.
+    """
+    try:
+        save_file(path, make())
+    except Exception as error:
+        note(f"warning: {path} not made: {error}")
+        return False
+    return True
+
+
+# Colours that the colour-blind can tell apart (Okabe & Ito 2008, Color Universal Design).
+COLOURS = "#d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #0072b2 #f0e442 #000000".split()
+STYLE: Any = {
+    "font.size": 12,
+    "axes.grid": True,
+    "grid.alpha": 0.3,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.constrained_layout.use": True,
+}
+
+
+def save_figure(path: Path, draw: "Callable[[], Figure]") -> bool:
+    """Draw a figure and write it as PNG, as save_view does."""
+
+    def make() -> bytes:
+        import matplotlib as mpl  # noqa: PLC0415 - takes a second; pyplot would want a display
+
+        buffer = io.BytesIO()
+        with warnings.catch_warnings(), mpl.rc_context(STYLE):
+            warnings.filterwarnings("ignore", "Glyph")  # a class name in a script that the font lacks
+            draw().savefig(buffer, format="png", dpi=150)
+        return buffer.getvalue()
+
+    return save_view(path, make)
+
+
+# ---- how a script ends -----------------------------------------------------------------------------------
+
+
 def _interrupt(signum: int, _frame: object) -> NoReturn:
     started = time.monotonic()
 
@@ -299,17 +404,46 @@ def _interrupt(signum: int, _frame: object) -> NoReturn:
     raise KeyboardInterrupt(128 + signum)  # SIGTERM ends a run the way Ctrl-C does
 
 
+@contextlib.contextmanager
+def hold_interrupts() -> Iterator[None]:
+    """Put Ctrl-C and SIGTERM off to the end of a block; processes started in it never get Ctrl-C."""
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    if sys.platform != "win32":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # which children inherit
+    try:
+        yield
+    finally:
+        if sys.platform != "win32":
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    for signum in came[:1]:
+        signal.raise_signal(signum)
+
+
 def run(main: Callable[..., int], *args: object) -> int:
     """Call a script's main; expected faults become one `error:` line.
 
     Returns:
         The exit code: 0 done, 1 failed on the way, 2 could not start, 130 Ctrl-C, 143 SIGTERM.
     """
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(signum) is not signal.SIG_IGN:  # a background job of a shell ignores SIGINT
-            signal.signal(signum, _interrupt)
-    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
-        sys.stdout.reconfigure(encoding="utf-8")  # whatever the locale
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # a background job of a shell ignores SIGINT
+            signal.signal(number, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names in any script and of any bytes, whatever the locale
+        encoding = sys.stdout.encoding if sys.stdout.isatty() else "utf-8"
+        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
+    try:
+        return _end(main, *args)
+    finally:  # a console session goes on, with its own
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _end(main: Callable[..., int], *args: object) -> int:
     try:
         code = main(*args)
         sys.stdout.flush()
@@ -319,10 +453,10 @@ def run(main: Callable[..., int], *args: object) -> int:
     except KeyboardInterrupt as error:
         note("interrupted")
         return int(error.args[0]) if error.args else 130
-    except BrokenPipeError:  # the reader has left, as `head` does: nothing more can be said
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout.fileno()):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # as `head` leaves: no fault
+            return 0
         note(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
         return 1
     except (MemoryError, RuntimeError) as error:
@@ -331,3 +465,10 @@ def run(main: Callable[..., int], *args: object) -> int:
         note("error: out of memory: lower --num_workers, or in training --batch_size")
         return 1
     return code
+
+
+def _nobody_reads(descriptor: int) -> bool:
+    """Whether the other end of a pipe is closed."""
+    poll = select.poll()
+    poll.register(descriptor, 0)  # an error is told unasked
+    return bool(poll.poll(0))

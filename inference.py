@@ -4,11 +4,24 @@ python inference.py                      the clips of the test folder -> submiss
 python inference.py a.wav clips/ ...     files, folders, patterns -> a CSV with probabilities on stdout
 python inference.py -                    a file from standard input
 python inference.py --timeline a.wav     a row for each window of 3 s, and a picture in run_dir
-python inference.py --checkpoint a.pth b.pth ...     the mean of what several models say
+python inference.py --checkpoint a.pth,b.pth ...     the mean of what several models say
 python inference.py --export my.onnx     the model, features included, as one file for ONNX Runtime
 """
 
-from config import MODEL_FIELDS, RUNTIME_FIELDS, Config, UserError, make_parser, note, parse, printable, run
+from config import (
+    COLOURS,
+    MODEL_FIELDS,
+    RUNTIME_FIELDS,
+    Config,
+    UserError,
+    make_parser,
+    note,
+    parse,
+    printable,
+    run,
+    save_figure,
+    save_file,
+)
 
 if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imports
     parser = make_parser(__doc__, RUNTIME_FIELDS - {"cache_dir", "batch_size", "manifest"})
@@ -21,13 +34,12 @@ if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imp
     parser.add_argument("--timeline", action="store_true", help="a row per window, and a picture per file")
     parser.add_argument("--step", type=float, default=0.0, help="seconds from window to window of --timeline")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of CSV")
-    parser.add_argument("--output", default="", help="file for the rows, written in one step; else stdout")
+    parser.add_argument("--output", default="", help="file for the rows; else stdout")
     ARGS = parse(parser)
 
 import contextlib
 import csv
 import glob
-import io
 import itertools
 import json
 import os
@@ -36,12 +48,13 @@ import shutil
 import sys
 import tempfile
 import threading
+from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -50,15 +63,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model import (
-    COLOURS,
-    PRETRAINED,
-    export_onnx,
-    load_checkpoint,
-    resolve_device,
-    save_figure,
-    save_file,
-)
+from model import PRETRAINED, Outputs, build_ensemble, export_onnx, join, load_checkpoint, resolve_device
 from prepare import (
     AUDIO_SUFFIXES,
     ENVELOPE_RATE,
@@ -72,6 +77,9 @@ from prepare import (
     map_files,
     report_files,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 BLOCK = 64  # windows that go through the networks at once
 
@@ -97,13 +105,19 @@ class Prediction(NamedTuple):
     timeline: Timeline | None = None  # where a step was asked for
 
 
-def own_or_bundled(recordings: str) -> Path:
-    """best_emotion_model.pth where there is one, else the bundled model for such recordings."""
-    own = Path(Config().checkpoint)
-    return own if own.exists() else PRETRAINED[recordings]
+def default_model(cfg: Config, paths: Sequence[Path] = ()) -> Path:
+    """The model for some files, where none is named: cfg.checkpoint where there is one, else a bundled one.
+
+    The clips of a competition's test folder are recorded as its training clips are, others in any way.
+    """
+    own, test = Path(cfg.checkpoint), cfg.test_root.resolve()
+    if own.exists():
+        return own
+    is_test = bool(paths) and all(path.resolve().is_relative_to(test) for path in paths)
+    return PRETRAINED["same" if is_test else "any"]
 
 
-_THREADS = threading.Lock()
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -112,7 +126,7 @@ def one_thread() -> Iterator[None]:
 
     How many it uses holds for the whole process, so predictions from several threads take turns.
     """
-    with _THREADS:
+    with _ONE_AT_A_TIME:
         n_threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
@@ -122,41 +136,44 @@ def one_thread() -> Iterator[None]:
 
 
 class Recognizer:
-    """A trained model, or several whose probabilities are averaged, that labels files and arrays.
+    """A trained model that labels files and arrays.
 
-    Without a checkpoint it takes best_emotion_model.pth where there is one, else the bundled model for any
-    recordings. It changes nothing outside itself: no settings of PyTorch, no files.
+    Without a checkpoint it takes best_emotion_model.pth where there is one, and says so, else the bundled
+    model for any recordings. It changes nothing outside itself: no settings of PyTorch, no files.
 
     Args:
-        checkpoints: Files that train.py wrote.
+        checkpoints: Files that train.py wrote; the probabilities of several are averaged.
         device: As the setting of that name.
         num_workers: Processes that predict_files uses, as the setting of that name.
 
     Raises:
-        UserError: A checkpoint cannot be used, or their classes or features differ.
+        UserError: A checkpoint cannot be used, or their classes, features or networks differ.
     """
 
     def __init__(self, *checkpoints: str | Path, device: str = "auto", num_workers: int = 0) -> None:
-        self.paths = [Path(path) for path in checkpoints] or [own_or_bundled("any")]
-        loaded = [load_checkpoint(path) for path in self.paths]
-        self.checkpoints = [checkpoint for checkpoint, _ in loaded]
-        for path, checkpoint in zip(self.paths, self.checkpoints, strict=True):
-            one, other = (
-                {"classes": c.labels, **asdict(c.config)} for c in (checkpoint, self.checkpoints[0])
-            )
-            names = "classes sample_rate duration n_mfcc n_fft hop_length n_mels".split()
-            if odd := [name for name in names if one[name] != other[name]]:
-                raise UserError(
-                    f"{path} and {self.paths[0]} differ in {', '.join(odd)}: they cannot be averaged"
-                )
-        self.labels = self.checkpoints[0].labels
+        paths = [Path(path) for path in checkpoints] or [default_model(Config())]
+        self.checkpoint = join([load_checkpoint(path)[0] for path in paths])
+        self.name = f"{', '.join(map(str, paths))}, {self.checkpoint.summary}"
+        if not checkpoints and paths[0] not in PRETRAINED.values():
+            note(f"model: {self.name}")
+        self.labels = self.checkpoint.labels
         self.device = resolve_device(device)
         if self.device.type != "cpu":  # else features and networks both run in the workers
             num_workers = 0
-        self.models = [model.to(self.device) for _, model in loaded]
-        self.cfg = replace(self.checkpoints[0].config, device=device, num_workers=num_workers)
+        self.model = build_ensemble(self.checkpoint).to(self.device)
+        self.cfg = replace(self.checkpoint.config, device=device, num_workers=num_workers)
 
-    def predict(self, clips: Clip | Sequence[Clip], rate: float | None = None, *, step: float = 0.0) -> Any:  # noqa: ANN401 - one or a list
+    @overload
+    def predict(self, clips: Clip, rate: float | None = None, *, step: float = 0.0) -> Prediction: ...
+
+    @overload
+    def predict(
+        self, clips: list[Any] | tuple[Any, ...], rate: float | None = None, *, step: float = 0.0
+    ) -> list[Prediction]: ...
+
+    def predict(
+        self, clips: Clip | list[Any] | tuple[Any, ...], rate: float | None = None, *, step: float = 0.0
+    ) -> Prediction | list[Prediction]:
         """What the model makes of a clip, or of each of a list of clips.
 
         Args:
@@ -174,13 +191,14 @@ class Recognizer:
         """
         self._check_step(step)
         several: list[Any] = [*clips] if isinstance(clips, list | tuple) else [clips]
-        if odd := [clip for clip in several if not isinstance(clip, str | Path | np.ndarray)]:
-            raise AudioError(f"{type(odd[0]).__name__}: a clip is a path, or samples as a NumPy array")
-        results = self._predict(several, rate=rate, step=step)
+        predictions: list[Prediction] = []
+        with one_thread():
+            results = self._predict(several, rate=rate, step=step)
         for number, (clip, result) in enumerate(zip(several, results, strict=True)):
             if isinstance(result, AudioError):
                 raise AudioError(f"{clip if isinstance(clip, str | Path) else f'clip {number}'}: {result}")
-        return results if isinstance(clips, list | tuple) else results[0]
+            predictions.append(result)
+        return predictions if isinstance(clips, list | tuple) else predictions[0]
 
     def predict_files(
         self, paths: Sequence[str], *, step: float = 0.0
@@ -195,7 +213,6 @@ class Recognizer:
             raise UserError(f"step = {step}: must be 0.1 to {self.cfg.duration} seconds, a window's length")
 
     @torch.inference_mode()
-    @one_thread()
     def _predict(
         self, clips: Sequence[Clip], *, rate: float | None = None, step: float = 0.0
     ) -> list[Prediction | AudioError]:
@@ -212,54 +229,51 @@ class Recognizer:
 
         owners: list[int] = []
         ends: list[float] = []
-        of_windows: list[Tensor] = []  # (models, windows of a block, C + 1): probabilities, then distance
+        outputs: list[Outputs] = []
         stream = windows()
         while block := list(itertools.islice(stream, BLOCK)):
             owners += [number for number, _, _ in block]
             ends += [end for _, end, _ in block]
             waves = torch.from_numpy(np.stack([window for *_, window in block])).to(self.device)
-            features = self.models[0].mfcc(waves)
-            of_windows.append(torch.stack([model(features) for model in self.models]).cpu())
+            outputs.append(self.model(self.model.mfcc(waves)))
         if not owners:
             return list(failures.values())
         owner, end = torch.tensor(owners), torch.tensor(ends, dtype=torch.double)
-        outputs = torch.cat(of_windows, dim=1)
+        of_windows = Outputs(*(torch.cat(values).cpu() for values in zip(*outputs, strict=True)))
         return [
-            failures.get(number) or self._sum_up(recording, end[owner == number], outputs[:, owner == number])
+            failures.get(number)
+            or self._sum_up(
+                recording, end[owner == number], Outputs(*(v[owner == number] for v in of_windows))
+            )
             for number, recording in enumerate(recordings)
         ]
 
-    def _sum_up(self, recording: Recording, end: Tensor, outputs: Tensor) -> Prediction | AudioError:
-        """From the ends of a clip's windows (W,), and what each model makes of them, (models, W, C + 1)."""
-        of_clip = outputs.mean(dim=1, keepdim=True)
-        row = self._calibrate(of_clip)[0]
+    def _sum_up(self, recording: Recording, end: Tensor, outputs: Outputs) -> Prediction | AudioError:
+        """From the ends of a clip's windows (W,), and what the networks make of them."""
+        of_clip = outputs.of_clips(torch.zeros(len(end), dtype=torch.long), 1)
+        row = self.model.calibrated(of_clip)[0]
         if not row.isfinite().all():  # or the label would be the first class
             return AudioError(
                 "; ".join(filter(None, ["its probabilities are not finite", recording.warning]))
             )
         values = dict(zip(self.labels, row.tolist(), strict=True))
         best = self.labels[int(row.argmax())]
-        distance = of_clip[:, :, -1].mean().item()
         short = "shorter than half a second" if recording.seconds < 0.5 else ""
         warning = "; ".join(filter(None, [recording.warning, short]))
+        distance = of_clip.distance.item()
         result = Prediction(best, values[best], values, recording.seconds, distance, warning)
         if not recording.step:
             return result
-        probabilities = pd.DataFrame(self._calibrate(outputs).double().numpy(), columns=self.labels)
+        probabilities = pd.DataFrame(self.model.calibrated(outputs).double().numpy(), columns=self.labels)
         about = {
             "start": (end - self.cfg.duration).clamp(min=0).numpy(),
             "end": end.numpy(),
             "emotion": probabilities.idxmax(axis=1),
             "confidence": probabilities.max(axis=1),
-            "distance": outputs[:, :, -1].mean(dim=0).double().numpy(),
+            "distance": outputs.distance.double().numpy(),
         }
         windows = pd.DataFrame(about).join(probabilities)
         return result._replace(timeline=Timeline(windows, np.concatenate(recording.envelope)))
-
-    def _calibrate(self, outputs: Tensor) -> Tensor:
-        """What each model makes of clips or windows, (models, N, C + 1) -> the mean probabilities (N, C)."""
-        pairs = zip(outputs, self.models, strict=True)
-        return torch.stack([model.calibrated(values) for values, model in pairs]).mean(dim=0)
 
 
 # ---- which clips -----------------------------------------------------------------------------------------
@@ -335,8 +349,8 @@ def spool_stdin() -> Iterator[Path]:
 # ---- results ---------------------------------------------------------------------------------------------
 
 
-def report_odd(results: Mapping[str, Prediction | AudioError]) -> int:
-    """Name files that are odd or cannot be read, say how many are far off, and count the unreadable."""
+def report_results(results: Mapping[str, Prediction | AudioError]) -> int:
+    """Name files that cannot be read or are warned of, say how many are far off; count the unreadable."""
     failures = {path: str(result) for path, result in results.items() if isinstance(result, AudioError)}
     warnings = {path: getattr(result, "warning", "") for path, result in results.items()}
     report_files({path: warning for path, warning in warnings.items() if warning}, "warning:")
@@ -365,47 +379,78 @@ def to_rows(name: str, result: Prediction, *, abstain: bool) -> list[dict[str, A
     return [{"filename": name, **row} for row in rows]
 
 
-def label_files(recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: Config, flags: Any) -> int:  # noqa: ANN401
+def label_files(
+    recognizer: Recognizer, names: Sequence[tuple[str, str]], cfg: Config, flags: Namespace
+) -> int:
     """Write a row for each file, or for each window of it; return 1 if one could not be read, else 0.
 
-    `names` are paths, each with what its row calls it.
+    `names` are paths, each with what its row calls it. Rows are written as they come: Ctrl-C keeps them.
     """
     step = (flags.step or recognizer.cfg.duration) if flags.timeline else 0.0
     predictions = recognizer.predict_files([path for path, _ in names], step=step)
-    stream: Any = io.StringIO() if flags.output else sys.stdout
     times = ["start", "end", "emotion", "confidence"] if step else ["emotion", "confidence", "seconds"]
     header = ["filename", *times, "distance", *recognizer.labels]
-    shown = printable if stream.isatty() else str  # a name must not steer a terminal
-    table = csv.writer(stream, lineterminator="\n")
-    if not flags.json:
-        table.writerow(map(shown, header))
-    results: dict[str, Prediction | AudioError] = {}
-    pictures: set[str] = set()
+    titles = unique_stems([name for _, name in names])
+    results: list[tuple[str, Prediction | AudioError]] = []
     n_rows = 0
-    for (_, name), (_, result) in zip(names, predictions, strict=True):
-        if isinstance(result, AudioError):
-            results[name] = result
-            continue
-        results[name] = result._replace(timeline=None)
-        rows = to_rows(name, result, abstain=flags.abstain)
-        n_rows += len(rows)
-        if flags.json:
-            stream.writelines(json.dumps(row) + "\n" for row in rows)
-        else:
-            table.writerows([shown(str(row[column])) for column in header] for row in rows)
-        if result.timeline is not None:
-            stem = title = Path(name).stem[:60]  # a path must not become too long
-            while title.lower() in pictures:
-                title = f"{stem}_{len(pictures) + 1}"
-            pictures.add(title.lower())
-            path = Path(cfg.run_dir, f"timeline_{title}.png")
-            if save_figure(path, partial(plot_timeline, result.timeline, recognizer.labels, name)):
-                note(f"picture of {name}: {path}")
-    n_failures = report_odd(results)
+    with open_rows(flags.output) as stream:
+        shown = printable if stream.isatty() else str  # a name must not steer a terminal
+        table = csv.writer(stream, lineterminator="\n")
+        if not flags.json:
+            table.writerow(map(shown, header))
+        quiet = True if stream.isatty() else None  # rows and a bar would mix
+        for (_, name), (_, result) in zip(tqdm(names, "files", disable=quiet), predictions, strict=True):
+            if isinstance(result, AudioError):
+                results.append((name, result))
+                continue
+            results.append((name, result._replace(timeline=None)))
+            rows = to_rows(name, result, abstain=flags.abstain)
+            n_rows += len(rows)
+            if flags.json:
+                stream.writelines(json.dumps(row) + "\n" for row in rows)
+            else:
+                table.writerows([shown(str(row[column])) for column in header] for row in rows)
+            stream.flush()
+            if result.timeline is not None:
+                path = Path(cfg.run_dir, f"timeline_{titles[len(results) - 1]}.png")
+                if save_figure(path, partial(plot_timeline, result.timeline, recognizer.labels, name)):
+                    note(f"picture of {name}: {path}")
+    n_failures = report_results(dict(results))
     if flags.output:
-        save_file(Path(flags.output), stream.getvalue().encode())
-        print(printable(f"{n_rows} rows in {flags.output}"))
+        print(f"{n_rows} rows in {flags.output}")
     return 1 if n_failures else 0
+
+
+@contextlib.contextmanager
+def open_rows(output: str) -> Iterator[TextIO]:
+    """Where rows go: stdout, or a file that takes its place in one step at the end, also of Ctrl-C."""
+    if not output:
+        yield sys.stdout
+        return
+    path = Path(output).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with draft.open("w", encoding="utf-8", newline="") as stream:
+            yield stream
+        draft.replace(path)
+    except KeyboardInterrupt:
+        draft.replace(path)
+        note(f"the rows so far are in {output}")
+        raise
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def unique_stems(names: Sequence[str]) -> list[str]:
+    """The name of each file without folder and suffix, with a number where an earlier one is called so."""
+    stems: dict[str, str] = {}  # in small letters, as some file systems see them -> as they are
+    for name in names:
+        stem = Path(name).stem[:60]  # a path must not become too long
+        numbered = itertools.chain([stem], (f"{stem}_{number}" for number in itertools.count(2)))
+        stem = next(candidate for candidate in numbered if candidate.lower() not in stems)
+        stems[stem.lower()] = stem
+    return list(stems.values())
 
 
 # ---- timeline --------------------------------------------------------------------------------------------
@@ -421,7 +466,7 @@ def find_pauses(timeline: Timeline) -> npt.NDArray[np.bool_]:
     return np.array(peaks) < PAUSE * loud
 
 
-def plot_timeline(timeline: Timeline, labels: Sequence[str], title: str) -> Any:  # noqa: ANN401 - Figure
+def plot_timeline(timeline: Timeline, labels: Sequence[str], title: str) -> "Figure":
     """The outline of the waveform above the stacked probabilities; pauses and what is no speech are grey."""
     from matplotlib import colormaps  # noqa: PLC0415 - takes a second
     from matplotlib.figure import Figure  # noqa: PLC0415
@@ -474,7 +519,7 @@ def submit(recognizer: Recognizer, cfg: Config, fill: str) -> int:
         (Path(path).name, fill if isinstance(result, AudioError) else result.emotion)
         for path, result in results.items()
     ]
-    n_failures = report_odd(results)
+    n_failures = report_results(results)
     if n_failures and not fill:
         raise UserError(
             f"{target} not written: {n_failures} of {len(paths)} clips have no label: "
@@ -516,7 +561,7 @@ def compare_with_sample(sample: Path, submission: pd.DataFrame, labels: Sequence
 # ---- the script ------------------------------------------------------------------------------------------
 
 
-def check_flags(flags: Any) -> None:  # noqa: ANN401 - argparse.Namespace
+def check_flags(flags: Namespace) -> None:
     """Refuse flags that have no effect on what was asked for.
 
     Raises:
@@ -540,40 +585,32 @@ def check_flags(flags: Any) -> None:  # noqa: ANN401 - argparse.Namespace
         raise UserError(f"output = {flags.output!r}: must be a file for rows: no folder, audio or model")
 
 
-def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
+def main(cfg: Config, flags: Namespace) -> int:
     """Label a test folder for a submission, or the files named."""
-    # --checkpoint takes one value: of `--checkpoint a.pth b.pth` the second is among the paths.
-    more = [path for path in flags.paths if path.endswith(".pth")]
-    flags.paths = [path for path in flags.paths if path not in more]
     check_flags(flags)
     if flags.demo:
         make_demo(Path(cfg.data_dir))
-    torch.set_num_threads(1)  # the cores belong to the workers, which are forked
-    # The test folder of a competition is recorded as its training clips are.
-    models: list[str | Path] = [own_or_bundled("any" if flags.paths or flags.export else "same")]
-    if flags.demo or hasattr(flags, "checkpoint"):
-        models = [cfg.checkpoint]
-    elif more:
-        raise UserError(f"{more[0]} is a model: name models with --checkpoint")
-    recognizer = Recognizer(*models, *more, device=cfg.device, num_workers=cfg.num_workers)
-    for path, checkpoint in zip(recognizer.paths, recognizer.checkpoints, strict=True):
-        note(f"model: {path}, {checkpoint.summary}")
-    is_bundled = recognizer.paths[0] in PRETRAINED.values()
-    if not is_bundled and any(getattr(recognizer.cfg, n) != getattr(cfg, n) for n in MODEL_FIELDS):
-        note("note: settings are those of the model, not of config.py")
-    if flags.export:
-        if len(recognizer.models) > 1:
-            raise UserError("--export writes one model: name one with --checkpoint")
-        checkpoint = recognizer.checkpoints[0]
-        export_onnx(Path(flags.export), checkpoint, recognizer.models[0].cpu())
-        shape = f"(any number, {checkpoint.config.n_samples}) at {checkpoint.config.sample_rate} Hz"
-        classes = f"probabilities of {len(checkpoint.labels)} classes"
-        print(printable(f"{flags.export}: windows {shape} -> {classes}"))
-        return 0
-    if not flags.paths:
-        return submit(recognizer, cfg, flags.fill)
+    torch.set_num_threads(1)  # the cores belong to the workers
     with spool_stdin() if "-" in flags.paths else contextlib.nullcontext() as stdin:
         paths = expand_paths(flags.paths, stdin)
+        models = [str(default_model(cfg, [cfg.test_root] if not flags.paths and not flags.export else paths))]
+        if flags.demo or hasattr(flags, "checkpoint"):
+            models = cfg.checkpoint.split(",")
+        recognizer = Recognizer(*models, device=cfg.device, num_workers=cfg.num_workers)
+        note(f"model: {recognizer.name}")
+        own = getattr
+        if Path(models[0]) not in PRETRAINED.values() and any(
+            own(recognizer.cfg, name) != own(cfg, name) for name in MODEL_FIELDS
+        ):
+            note("note: settings are those of the model, not of config.py")
+        if flags.export:
+            export_onnx(Path(flags.export), recognizer.checkpoint, recognizer.model.cpu())
+            settings, n_classes = recognizer.cfg, len(recognizer.labels)
+            shape = f"(any number, {settings.n_samples}) at {settings.sample_rate} Hz"
+            print(f"{flags.export}: windows {shape} -> probabilities of {n_classes} classes")
+            return 0
+        if not flags.paths:
+            return submit(recognizer, cfg, flags.fill)
         names = [(str(path), "-" if path == stdin else str(path)) for path in paths]
         return label_files(recognizer, names, cfg, flags)
 

@@ -1,30 +1,25 @@
-"""Split, dataset, augmentation, network, the ensemble of networks, and the checkpoint that holds it."""
+"""Dataset, augmentation, network, the ensemble of networks, and the checkpoint that holds it."""
 
-import contextlib
 import dataclasses
-import errno
-import glob
 import io
 import json
 import logging
 import math
-import os
-import time
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from config import Config, UserError, note
+from config import MODEL_FIELDS, Config, UserError, note, save_file
 from prepare import MFCC, FeatureCache, check_csv_name, clip_name
 
 # ---- split and dataset -----------------------------------------------------------------------------------
@@ -228,7 +223,17 @@ class Degrade(nn.Module):
     it (EmotionCNNGRU).
     """
 
-    RATE = 0.4  # of the clips that are changed
+    # Fractions of all clips, and of the changed ones; ranges from which each clip draws evenly.
+    CHANGED, NOISY, ECHOING, FILTERED = 0.4, 0.7, 0.33, 0.5
+    STEADY = 0.67  # of the noise; the rest are other voices
+    ENDING = 0.7  # recordings whose noise ends where they end, short of the window
+    SNR = (0, 40)  # dB
+    FALL = (0, 6)  # dB per octave by which noise falls
+    REVERBERATION = (0.15, 0.8)  # seconds in which an echo falls by 60 dB
+    ECHO = (-12, 3)  # dB above the direct sound
+    LOW_PASS, LOW_PASS_SLOPE = (1.3, 3.4), (24, 150)  # octaves above 1 kHz: 2.5 to 11 kHz; dB per octave
+    HIGH_PASS, HIGH_PASS_SLOPE = (-4, -1), (12, 60)  # 60 to 500 Hz; dB per octave
+    FLOOR = (35, 80)  # dB below the loudest band: the noise of the microphone
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -251,7 +256,7 @@ class Degrade(nn.Module):
 
     def forward(self, mfcc: Tensor) -> Tensor:
         """MFCC (B, n_mfcc, T) float32 -> the same shape."""
-        chosen = (torch.rand(len(mfcc), device=mfcc.device) < self.RATE).nonzero().flatten()
+        chosen = (torch.rand(len(mfcc), device=mfcc.device) < self.CHANGED).nonzero().flatten()
         if not len(chosen):
             return mfcc
         before = self.to_bands @ mfcc[chosen]  # dB, (B', bands, T)
@@ -260,21 +265,21 @@ class Degrade(nn.Module):
         power = 10 ** ((before - loudest) / 10)
         power = self._add_noise(self._add_echo(power))
         decibels = 10 * power.clamp(min=1e-12).log10() + self._filter(power)
-        floor = decibels.amax(dim=(1, 2), keepdim=True) - self._uniform(power, 35, 80)  # of the microphone
+        floor = decibels.amax(dim=(1, 2), keepdim=True) - self._uniform(power, self.FLOOR)
         decibels = torch.logaddexp(decibels * 0.23, floor * 0.23) / 0.23
         decibels = decibels.maximum(decibels.amax(dim=(1, 2), keepdim=True) - 80) + loudest
-        # Noise ends where the recording ends, but for some that are as long as the window.
-        silent &= self._sometimes(power, 0.7)
+        silent &= self._sometimes(power, self.ENDING)
         change = torch.where(silent, 0.0, decibels - before)
         return mfcc.index_add(0, chosen, self.dct @ change)
 
-    def _uniform(self, like: Tensor, low: float, high: float) -> Tensor:
+    def _uniform(self, like: Tensor, limits: tuple[float, float]) -> Tensor:
         """A random number for each clip, (B, 1, 1)."""
+        low, high = limits
         return low + (high - low) * torch.rand(len(like), 1, 1, device=like.device)
 
-    def _sometimes(self, like: Tensor, rate: float) -> Tensor:
-        """True for so many of the clips, (B, 1, 1)."""
-        return torch.rand(len(like), 1, 1, device=like.device) < rate
+    def _sometimes(self, like: Tensor, fraction: float) -> Tensor:
+        """True for this fraction of the clips, (B, 1, 1)."""
+        return torch.rand(len(like), 1, 1, device=like.device) < fraction
 
     def _bumps(self, like: Tensor) -> Tensor:
         """A random curve of about 3 dB, smooth over the bands, for each clip: (B, bands, 1)."""
@@ -282,35 +287,33 @@ class Degrade(nn.Module):
         return 5 * (torch.randn(len(like), 1, len(waves), device=like.device) @ waves).mT
 
     def _add_echo(self, power: Tensor) -> Tensor:
-        """In a third of the clips a room that falls by 60 dB in 0.15 to 0.8 s."""
-        rate = 13.8 / self._uniform(power, 0.15, 0.8)
-        echo = torch.where(self.age > 0, torch.exp(-rate * self.age.clamp(min=0)), 0.0)  # (B, T, T)
+        """In some clips the echo of a room."""
+        decay = math.log(1e6) / self._uniform(power, self.REVERBERATION)  # of the power, per second
+        echo = torch.where(self.age > 0, torch.exp(-decay * self.age.clamp(min=0)), 0.0)  # (B, T, T)
         echo = echo / echo.sum(dim=2, keepdim=True).amax(dim=1, keepdim=True)
-        level = 10 ** (self._uniform(power, -12, 3) / 10) * self._sometimes(power, 0.33)
+        level = 10 ** (self._uniform(power, self.ECHO) / 10) * self._sometimes(power, self.ECHOING)
         return power + level * (power @ echo)
 
     def _add_noise(self, power: Tensor) -> Tensor:
-        """In seven of ten clips noise of any colour, or other voices of the batch, 0 to 40 dB below."""
+        """In most clips noise of any colour, or other voices of the batch."""
         frames = (self.width * power).sum(dim=1, keepdim=True)
         heard = frames > 1e-4 * frames.amax(dim=2, keepdim=True)
         signal = (frames * heard).sum(dim=2, keepdim=True) / heard.sum(dim=2, keepdim=True)
-        colour = self._bumps(power) - 3 * self._uniform(power, 0, 2) * self.octaves  # dB
+        colour = self._bumps(power) - self._uniform(power, self.FALL) * self.octaves  # dB
         steady = 10 ** ((colour + self.ripple * torch.randn_like(power)) / 10)
         voices = power.roll(1, 0) + power.roll((2, 40), (0, 2)) + power.roll((3, 80), (0, 2))
-        noise = torch.where(self._sometimes(power, 0.67), steady, voices)
+        noise = torch.where(self._sometimes(power, self.STEADY), steady, voices)
         noise = noise / (self.width * noise).sum(dim=1, keepdim=True).mean(dim=2, keepdim=True)
-        snr = self._uniform(power, 0, 40)
-        return power + noise * signal * 10 ** (-snr / 10) * self._sometimes(power, 0.7)
+        level = 10 ** (-self._uniform(power, self.SNR) / 10) * self._sometimes(power, self.NOISY)
+        return power + noise * signal * level
 
     def _filter(self, power: Tensor) -> Tensor:
         """A microphone's response, and in some clips a low-pass or high-pass filter: dB, (B, bands, 1)."""
-        low = self._uniform(power, 1.3, 3.4)  # octaves above 1 kHz: 2.5 to 11 kHz
-        high = self._uniform(power, -4, -1)  # 60 to 500 Hz
-        cut_low = (self.octaves - low).clamp(min=0) * self._uniform(power, 24, 150)
-        cut_high = (high - self.octaves).clamp(min=0) * self._uniform(power, 12, 60)
-        cut_low = torch.where(self._sometimes(power, 0.5), cut_low, 0.0)
-        cut_high = torch.where(self._sometimes(power, 0.5), cut_high, 0.0)
-        return self._bumps(power) - cut_low - cut_high
+        above = (self.octaves - self._uniform(power, self.LOW_PASS)).clamp(min=0)
+        below = (self._uniform(power, self.HIGH_PASS) - self.octaves).clamp(min=0)
+        low_pass = above * self._uniform(power, self.LOW_PASS_SLOPE) * self._sometimes(power, self.FILTERED)
+        high_pass = below * self._uniform(power, self.HIGH_PASS_SLOPE) * self._sometimes(power, self.FILTERED)
+        return self._bumps(power) - low_pass - high_pass
 
 
 # ---- network ---------------------------------------------------------------------------------------------
@@ -394,6 +397,24 @@ class EmotionCNNGRU(nn.Module):
         return features - self.level * features.amax(dim=2, keepdim=True)
 
 
+class Outputs(NamedTuple):
+    """What the networks make of N windows; or of N clips, as means over the windows of each."""
+
+    probabilities: Tensor  # (N, C) float32, not calibrated
+    distance: Tensor  # (N,) float32, from the training data
+
+    def of_clips(self, owner: Tensor, n_clips: int) -> "Outputs":
+        """Means over windows, (W,) of which `owner` says to which of the clips each belongs."""
+        return Outputs(*(mean_over_windows(values, owner, n_clips) for values in self))
+
+
+def mean_over_windows(values: Tensor, owner: Tensor, n_clips: int) -> Tensor:
+    """Values of windows (W, ...), and the clip of each (W,) -> means of clips (n_clips, ...)."""
+    total = values.new_zeros(n_clips, *values.shape[1:]).index_add(0, owner, values)
+    n_windows = torch.bincount(owner, minlength=n_clips)
+    return total / n_windows.view(-1, *[1] * (values.ndim - 1))
+
+
 class Distance(nn.Module):
     """How far a window is from the speech of the training data; 1 is the limit of what is usual there.
 
@@ -409,9 +430,9 @@ class Distance(nn.Module):
         self.whiten = nn.Buffer(torch.zeros(2 * self.n_rows, 2 * self.n_rows))  # until fit(), nothing is far
 
     def forward(self, features: Tensor) -> Tensor:
-        """Features (W, F, T) -> distances (W, 1)."""
+        """Features (W, F, T) -> distances (W,)."""
         away: Tensor = (self._statistics(features) - self.mean) @ self.whiten
-        return away.square().sum(dim=1, keepdim=True).sqrt()
+        return away.square().sum(dim=1).sqrt()
 
     def _statistics(self, features: Tensor) -> Tensor:
         mfcc = features[:, : self.n_rows]
@@ -447,21 +468,18 @@ class EmotionEnsemble(nn.Module):
         self.mfcc, self.members = mfcc, nn.ModuleList(members)
         self.distance, self.temperature = distance, temperature
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Features (B, F, T) of windows -> (B, C + 1): probabilities, not calibrated, and the distance.
-
-        Side by side, since of a clip with several windows both are averaged before calibrated() sees them.
-        """
+    def forward(self, features: Tensor) -> Outputs:
+        """Features (B, F, T) of windows -> what the networks make of each."""
         probabilities = torch.stack([member(features).softmax(dim=1) for member in self.members]).mean(dim=0)
-        return torch.cat([probabilities, self.distance(features)], dim=1)
+        return Outputs(probabilities, self.distance(features))
 
-    def calibrated(self, outputs: Tensor) -> Tensor:
-        """Outputs (N, C + 1) of windows, or means over those of clips -> probabilities (N, C).
+    def calibrated(self, outputs: Outputs) -> Tensor:
+        """Outputs of N windows or clips -> probabilities (N, C) that can be believed.
 
         Beyond the limit of what is usual in the training data they come closer to each other.
         """
-        excess = outputs[:, -1:].clamp(1, 3)  # more would leave no order among them
-        return calibrate(outputs[:, :-1], self.temperature * excess**self.DISTANCE_EXPONENT)
+        excess = outputs.distance[:, None].clamp(1, 3)  # more would leave no order among them
+        return calibrate(outputs.probabilities, self.temperature * excess**self.DISTANCE_EXPONENT)
 
 
 def calibrate(probabilities: Tensor, temperature: float | Tensor) -> Tensor:
@@ -472,148 +490,34 @@ def calibrate(probabilities: Tensor, temperature: float | Tensor) -> Tensor:
     return (probabilities.clamp(min=1e-12).log() / temperature).softmax(dim=1)
 
 
-def mean_over_windows(outputs: Tensor, owner: Tensor, n_clips: int) -> Tensor:
-    """Outputs of windows (W, K), and the clip of each (W,) -> means of clips (n_clips, K)."""
-    total = outputs.new_zeros(n_clips, outputs.shape[1]).index_add(0, owner, outputs)
-    return total / torch.bincount(owner, minlength=n_clips)[:, None]
-
-
-# ---- devices and processes -------------------------------------------------------------------------------
+# ---- device ----------------------------------------------------------------------------------------------
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of that name; `auto` is cuda where there is one, else cpu. mps is used only when asked for.
+    """The device of that name; `auto` is cuda where it works, else cpu. mps is used only when asked for.
 
     Raises:
-        UserError: The machine has no such device.
+        UserError: The machine has no such device, or this PyTorch has no code for it.
     """
     n_cuda = torch.cuda.device_count()
-    if name == "auto":
-        name = "cuda" if n_cuda else "cpu"
-    device = torch.device(name)
+    device = torch.device(("cuda" if n_cuda else "cpu") if name == "auto" else name)
     is_missing = device.type == "cuda" and (device.index or 0) >= n_cuda
     if is_missing or (device.type == "mps" and not torch.backends.mps.is_available()):
         raise UserError(f"device = {name!r}: not on this machine, which has cpu and {n_cuda} cuda device(s)")
+    try:
+        torch.ones(1, device=device).add(1).item()  # an old GPU is listed, and fails at the first kernel
+    except RuntimeError as error:
+        reason = f"{device} does not work with this PyTorch: {str(error).splitlines()[0]}"
+        if name != "auto":
+            raise UserError(f"device = {name!r}: {reason}: pass --device cpu") from None
+        note(f"note: {reason}: using the cpu")
+        return torch.device("cpu")
     return device
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype of training; `auto` is bfloat16 where the device multiplies it faster.
-
-    bfloat16 has the range of float32 and 8 bits of precision; sums and all weights stay float32 (Kalamkar et
-    al. 2019, arXiv:1905.12322).
-    """
-    if name == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        fast = fast or (device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
-        name = "bfloat16" if fast else "float32"
-    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
-
-
-def rank() -> int:
-    """Number of this process; the first one, 0, writes and prints."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def broadcast(values: list[Any]) -> list[Any]:
-    """The values of the first process of torchrun, so that all come to the same decisions."""
-    if distributed.is_initialized():
-        distributed.broadcast_object_list(values, 0)
-    return values
-
-
-@contextlib.contextmanager
-def torchrun(cfg: Config) -> Iterator[None]:
-    """Join the processes that torchrun started, if it did."""
-    if not distributed.is_torchelastic_launched():
-        yield
-        return
-    on_gpu = resolve_device(cfg.device).type == "cuda"
-    if on_gpu:  # each process has one of its own, which "cuda" means from here on
-        torch.cuda.set_device(resolve_device(f"cuda:{os.environ['LOCAL_RANK']}"))
-    distributed.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        with contextlib.nullcontext() if rank() == 0 else contextlib.redirect_stdout(None):
-            yield
-    finally:
-        distributed.destroy_process_group()
-
-
-# ---- files and figures -----------------------------------------------------------------------------------
-
-
-def save_file(path: Path, content: bytes) -> None:
-    """Write a file in one step: whatever happens, the old or the new one is there, never half of one.
-
-    Raises:
-        OSError: It cannot be written, or is no regular file; the old file is as it was.
-    """
-    path = path.resolve()  # a link stays one
-    if path.exists() and not path.is_file():  # /dev/null would become a file
-        raise OSError(errno.EINVAL, "not a regular file", str(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(glob.escape(f".{path.name}.") + "*.tmp"):  # of a process that was killed
-        with contextlib.suppress(OSError):
-            if time.time() - stale.stat().st_mtime > 60:
-                stale.unlink()
-    # In the same folder, or it could not be moved in one step.
-    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with draft.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from None
-
-
-def save_view(path: Path, make: Callable[[], bytes]) -> bool:
-    """Write what is only to look at, and say whether that went well.
-
-    Whatever goes wrong is a warning, since the model, or the rows, are worth more.
-    """
-    try:
-        save_file(path, make())
-    except Exception as error:
-        note(f"warning: {path} not made: {error}")
-        return False
-    return True
-
-
-# Colours that the colour-blind can tell apart (Okabe & Ito 2008, Color Universal Design).
-COLOURS = "#d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #0072b2 #f0e442 #000000".split()
-STYLE: Any = {
-    "font.size": 12,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "figure.constrained_layout.use": True,
-}
-
-
-def save_figure(path: Path, draw: Callable[[], Any]) -> bool:
-    """Draw a figure and write it as PNG, as save_view does."""
-
-    def make() -> bytes:
-        import matplotlib as mpl  # noqa: PLC0415 - takes a second; pyplot would want a display
-
-        buffer = io.BytesIO()
-        with warnings.catch_warnings(), mpl.rc_context(STYLE):
-            warnings.filterwarnings("ignore", "Glyph")  # a class name in a script that the font lacks
-            draw().savefig(buffer, format="png", dpi=150)
-        return buffer.getvalue()
-
-    return save_view(path, make)
 
 
 # ---- checkpoint ------------------------------------------------------------------------------------------
 
-VERSION = 5  # of the file's layout
+VERSION = 6  # of the file's layout
 # The bundled models, by their setting `recordings`.
 PRETRAINED = {name: Path(__file__).with_name("assets") / f"pretrained_{name}.pth" for name in ("any", "same")}
 
@@ -630,14 +534,33 @@ class Checkpoint:
     temperature: float  # of calibrate()
     distance: dict[str, Tensor]  # state of Distance
     n_clips: dict[str, int]  # training clips of each class
+    seen: Tensor  # (n,) int64, sorted short hashes of the clips that it was trained on or chosen by
     versions: dict[str, str]  # of Python and the libraries
     run: str  # names the run that made it
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "Checkpoint":
+        """Rebuild what dataclasses.asdict gave.
+
+        Raises:
+            UserError, KeyError, TypeError: It is of another version.
+        """
+        return cls(**{**content, "config": Config.from_dict(content["config"])})
 
     @property
     def summary(self) -> str:
         """What the model is, in one line."""
         networks = f"{len(self.members)} networks" if len(self.members) > 1 else "1 network"
         return f"{networks} trained on {sum(self.n_clips.values()):,} clips of {len(self.labels)} classes"
+
+    def count_seen(self, clips: pd.DataFrame) -> int:
+        """How many clips (column audio_hash) it knows from training: what it says of them is no test."""
+        return int(torch.isin(short_hashes(clips), self.seen).sum())
+
+
+def short_hashes(clips: pd.DataFrame) -> Tensor:
+    """The column audio_hash as sorted int64, each once: enough to tell clips apart, 8 bytes a clip."""
+    return torch.tensor(sorted({int(text[:15], 16) for text in clips.audio_hash}), dtype=torch.int64)
 
 
 def save_tensors(path: Path, content: Mapping[str, Any]) -> None:
@@ -681,14 +604,14 @@ def load_checkpoint(path: Path) -> tuple[Checkpoint, EmotionEnsemble]:
     """
     content = load_tensors(path)
     try:
-        checkpoint = Checkpoint(**{**content, "config": Config.from_dict(content["config"])})
+        checkpoint = Checkpoint.from_dict(content)
         for label in checkpoint.labels:
             check_csv_name(label)
         is_whole = bool(checkpoint.members and checkpoint.summary) and 0 < checkpoint.temperature < math.inf
         model = build_ensemble(checkpoint)
     except (UserError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {path} is no trained model of this version: {reason}") from None
+        reason = str(error) if isinstance(error, UserError) else f"{type(error).__name__} {error}"
+        raise UserError(f"checkpoint {path} cannot be used: {reason}") from None
     if not is_whole:
         raise UserError(f"checkpoint {path} is no trained model: it has no networks or no temperature")
     if not all(bool(value.isfinite().all()) for value in model.state_dict().values()):
@@ -697,16 +620,67 @@ def load_checkpoint(path: Path) -> tuple[Checkpoint, EmotionEnsemble]:
 
 
 def build_ensemble(checkpoint: Checkpoint) -> EmotionEnsemble:
-    """The trained network or networks, in float32 (a file may hold half precision) and evaluation mode."""
+    """The trained network or networks, in float32 (a file may hold half precision) and evaluation mode.
+
+    Raises:
+        UserError: The network in this file is not the one that was trained.
+    """
     mfcc = MFCC(checkpoint.mfcc, checkpoint.config.hop_length)
-    members = []
-    for weights in checkpoint.members:
-        member = EmotionCNNGRU(checkpoint.config, len(checkpoint.labels))
-        member.load_state_dict(weights)  # strict, and float32 whatever the file holds
-        members.append(member)
+    members = [EmotionCNNGRU(checkpoint.config, len(checkpoint.labels)) for _ in checkpoint.members]
+    for member, weights in zip(members, checkpoint.members, strict=True):
+        load_weights(member, weights)  # float32 whatever the file holds
     distance = Distance(checkpoint.config)
-    distance.load_state_dict(checkpoint.distance)
+    load_weights(distance, checkpoint.distance)
     return EmotionEnsemble(mfcc, members, distance, checkpoint.temperature).eval()
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Give a model its weights, all of them.
+
+    Raises:
+        UserError: They are of another network, as after an edit of this file; the message names some.
+    """
+    own = model.state_dict()
+    wrong = {
+        "without a place here": [name for name in weights if name not in own],
+        "missing": [name for name in own if name not in weights],
+        "of another shape": [n for n, value in weights.items() if n in own and value.shape != own[n].shape],
+    }
+    reasons = [f"{', '.join(names[:3])} {what}" for what, names in wrong.items() if names]
+    if reasons:
+        what = "; ".join(reasons)
+        raise UserError(f"weights do not fit the network in model.py: {what}: undo the edit, or train anew")
+    model.load_state_dict(weights)
+
+
+def join(checkpoints: Sequence[Checkpoint]) -> Checkpoint:
+    """One model of the networks of several, whose probabilities are averaged.
+
+    Raises:
+        UserError: Their classes, features or networks differ.
+    """
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        names = [
+            n
+            for n in MODEL_FIELDS - {"ensemble", "cmn"}
+            if getattr(other.config, n) != getattr(first.config, n)
+        ]
+        if names or other.labels != first.labels:
+            what = ", ".join(sorted(names)) or "classes"
+            raise UserError(
+                f"models of other {what}, of runs {first.run} and {other.run}: they cannot be joined"
+            )
+    members = [weights for checkpoint in checkpoints for weights in checkpoint.members]
+    return dataclasses.replace(
+        first,
+        config=dataclasses.replace(first.config, ensemble=len(members)),
+        members=members,
+        epochs=[epoch for checkpoint in checkpoints for epoch in checkpoint.epochs],
+        temperature=sum(checkpoint.temperature for checkpoint in checkpoints) / len(checkpoints),
+        seen=torch.unique(torch.cat([checkpoint.seen for checkpoint in checkpoints])),
+        run=", ".join(checkpoint.run for checkpoint in checkpoints),
+    )
 
 
 # ---- deployment ------------------------------------------------------------------------------------------
@@ -726,8 +700,8 @@ class WaveModel(nn.Module):
         the windows from the training data, (B,).
         """
         outputs = self.model(self.model.mfcc(windows))
-        clip = outputs.mean(dim=0, keepdim=True)
-        return self.model.calibrated(outputs), self.model.calibrated(clip)[0], outputs[:, -1]
+        clip = Outputs(*(values.mean(dim=0, keepdim=True) for values in outputs))
+        return self.model.calibrated(outputs), self.model.calibrated(clip)[0], outputs.distance
 
 
 def export_onnx(path: Path, checkpoint: Checkpoint, model: EmotionEnsemble) -> None:

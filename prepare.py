@@ -870,7 +870,9 @@ def _fill(cache: FeatureCache, missing: Mapping[str, FileState], cfg: Config, mf
 MAX_UNREADABLE = 0.1  # of the files: with more, something is wrong with the data as a whole
 
 
-def load_corpus(cfg: Config, mfcc: MFCC, found: pd.DataFrame | None = None) -> pd.DataFrame:
+def load_corpus(
+    cfg: Config, mfcc: MFCC, found: pd.DataFrame | None = None, *, min_classes: int = 2
+) -> pd.DataFrame:
     """Find all labelled clips, unless find_clips has, and extract their features; odd ones go to stderr.
 
     Returns:
@@ -878,7 +880,7 @@ def load_corpus(cfg: Config, mfcc: MFCC, found: pd.DataFrame | None = None) -> p
         n_windows, seconds, audio_hash (equal for the same audio) and warning.
 
     Raises:
-        UserError: There are no clips, too many cannot be read, or there is but one class.
+        UserError: There are no clips, too many cannot be read, or there are fewer classes than min_classes.
     """
     found = find_clips(cfg) if found is None else found
     found = found[found.left_out == ""].drop(columns="left_out").reset_index(drop=True)
@@ -892,7 +894,7 @@ def load_corpus(cfg: Config, mfcc: MFCC, found: pd.DataFrame | None = None) -> p
         )
     for emotion in sorted(set(found.emotion) - set(clips.emotion)):
         note(f"note: class {emotion} has no readable clip: left out")
-    if clips.emotion.nunique() < 2:
+    if clips.emotion.nunique() < min_classes:
         raise UserError(f"only one class in {cfg.data_dir}, {clips.emotion[0]}: nothing to tell apart")
     copies = clips[clips.audio_hash.duplicated(keep=False)]
     for _, group in copies.groupby("audio_hash"):

@@ -9,7 +9,24 @@ mistakes.html to listen to. On several GPUs or machines: `torchrun --nproc_per_n
     python train.py --compare run other   two runs side by side
 """
 
-from config import MODEL_FIELDS, RUNTIME_FIELDS, Config, UserError, make_parser, note, parse, printable, run
+from config import (
+    COLOURS,
+    MODEL_FIELDS,
+    RUNTIME_FIELDS,
+    Config,
+    Precision,
+    UserError,
+    hold_interrupts,
+    make_parser,
+    note,
+    parse,
+    printable,
+    run,
+    save_figure,
+    save_file,
+    save_view,
+    say,
+)
 
 if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imports
     parser = make_parser(__doc__, Config.__dataclass_fields__.keys() - {"submission"})
@@ -23,22 +40,21 @@ if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imp
 import contextlib
 import copy
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
 import os
 import platform
-import shutil
-import signal
-import sys
+import re
 import time
-from collections.abc import Callable, Collection, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, replace
-from datetime import datetime
-from multiprocessing.connection import Connection, wait
-from multiprocessing.process import BaseProcess
+from datetime import datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import quote
 
 import numpy as np
@@ -47,14 +63,13 @@ import torch
 from filelock import FileLock, Timeout
 from joblib import cpu_count
 from torch import Tensor, distributed, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.multiprocessing.spawn import ProcessContext, ProcessExitedException, start_processes
 from torch.optim.lr_scheduler import LinearLR, ReduceLROnPlateau
 from torch.optim.swa_utils import AveragedModel
-from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 from tqdm import tqdm
 
 from model import (
-    COLOURS,
     PRETRAINED,
     Augment,
     Batch,
@@ -63,23 +78,17 @@ from model import (
     EmotionCNNGRU,
     EmotionDataset,
     EmotionEnsemble,
-    broadcast,
     build_ensemble,
     calibrate,
     load_checkpoint,
     load_tensors,
-    mean_over_windows,
+    load_weights,
     member_seed,
-    rank,
     resolve_device,
-    resolve_dtype,
     save_checkpoint,
-    save_figure,
-    save_file,
     save_tensors,
-    save_view,
+    short_hashes,
     split,
-    torchrun,
 )
 from prepare import (
     MFCC,
@@ -92,8 +101,17 @@ from prepare import (
     start_child,
 )
 
+if TYPE_CHECKING:
+    from multiprocessing.queues import SimpleQueue
+    from multiprocessing.sharedctypes import Synchronized
+
+    from matplotlib.figure import Figure
+
 Loader: TypeAlias = DataLoader[Batch]
 Row: TypeAlias = dict[str, float]  # of history.csv
+Tensors: TypeAlias = tuple[Tensor, ...] | list[Tensor]
+OnEpoch: TypeAlias = Callable[[Row], None]
+NumberT = TypeVar("NumberT", float, Tensor)
 
 MAX_GRADIENT = 5.0  # norm; a longer gradient is shortened to it
 MAX_PER_SPEAKER = 100  # clips of one speaker in an epoch, where any recordings are to be labelled
@@ -120,18 +138,14 @@ def draw_clips(clips: pd.DataFrame, cfg: Config, seed: int) -> pd.DataFrame:
     return clips.sample(frac=1, random_state=seed % 2**32).groupby(speakers).head(MAX_PER_SPEAKER)
 
 
-def make_train_loader(
-    clips: pd.DataFrame, labels: Sequence[str], cache: FeatureCache, cfg: Config, seed: int
-) -> Loader:
-    """A random window of each clip in random order; under torchrun this process's part of every batch."""
-    n_processes = distributed.get_world_size() if distributed.is_initialized() else 1
+def make_train_loader(clips: pd.DataFrame, labels: Sequence[str], cache: FeatureCache, cfg: Config) -> Loader:
+    """A random window of each clip, in random order."""
     repeats = math.ceil(cfg.min_steps * cfg.batch_size / len(clips))  # an epoch has min_steps or more
     dataset = EmotionDataset(pd.concat([clips] * repeats), labels, cache, one_window=True)
-    sampler: Any = DistributedSampler(dataset, n_processes, rank(), seed=seed)
-    size = max(2, cfg.batch_size // n_processes)
     # Batch norm cannot learn from a single clip: a last batch of one waits for the next epoch.
-    drop_last = len(sampler) % size == 1
-    return DataLoader(dataset, batch_size=None, sampler=BatchSampler(sampler, size, drop_last))
+    drop_last = len(dataset) % cfg.batch_size == 1
+    batches = BatchSampler(RandomSampler(dataset), cfg.batch_size, drop_last)
+    return DataLoader(dataset, batch_size=None, sampler=batches)
 
 
 def class_weights(targets: "pd.Series[str]", labels: Sequence[str]) -> Tensor:
@@ -147,7 +161,7 @@ def make_average(model: nn.Module, decay: float) -> AveragedModel:
     A young average forgets faster than `decay`, or it would remember the random start.
     """
 
-    def update(means: Any, values: Any, n_steps: Tensor | int) -> None:  # noqa: ANN401 - lists of tensors
+    def update(means: Tensors, values: Tensors, n_steps: Tensor | int) -> None:
         if means[0].is_floating_point():
             young = (1 + int(n_steps)) / (10 + int(n_steps))
             torch._foreach_lerp_(means, values, 1 - min(decay, young))
@@ -187,7 +201,7 @@ def train_epoch(
         nn.utils.clip_grad_norm_(model.parameters(), MAX_GRADIENT)
         optimizer.step()
         warmup.step()  # after the warm-up it changes nothing
-        average.update_parameters(getattr(model, "module", model))
+        average.update_parameters(model)
         losses.append(loss.detach())
         accuracies.append((logits.detach().argmax(dim=1) == targets).float().mean())
     loss_of_epoch = torch.stack(losses).mean().item()
@@ -203,14 +217,15 @@ def evaluate(
     """Probabilities (N, C) float32 of all clips, calibrated if the model is, and their classes (N,)."""
     model.eval()
     device = next(model.parameters()).device
-    of_clips: list[Tensor] = []
+    probabilities: list[Tensor] = []
     classes: list[Tensor] = []
     for features, owner, targets in loader:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             of_windows = model(features.to(device))
-        of_clips.append(mean_over_windows(of_windows.float(), owner.to(device), len(targets)).cpu())
+        of_clips = of_windows.of_clips(owner.to(device), len(targets))
+        probabilities.append(model.calibrated(of_clips).cpu())
         classes.append(targets)
-    return model.calibrated(torch.cat(of_clips)), torch.cat(classes)
+    return torch.cat(probabilities), torch.cat(classes)
 
 
 def validate(
@@ -218,7 +233,7 @@ def validate(
 ) -> tuple[Tensor, float, float]:
     """Probabilities (N, C) of the validation clips, their accuracy, and their cross-entropy.
 
-    The cross-entropy has class weights (C,); all processes get the same numbers.
+    The cross-entropy has class weights (C,).
 
     Raises:
         UserError: The loss or a weight is NaN or infinite.
@@ -226,7 +241,6 @@ def validate(
     probabilities, targets = evaluate(model, loader, dtype)
     accuracy = (probabilities.argmax(dim=1) == targets).double().mean().item()
     loss = nn.functional.nll_loss(probabilities.clamp(min=1e-12).log(), targets, weights).item()
-    accuracy, loss = broadcast([accuracy, loss])
     if not (math.isfinite(loss) and all(bool(v.isfinite().all()) for v in model.state_dict().values())):
         raise UserError(f"weights overflow, the validation loss is {loss}: lower learning_rate", code=1)
     return probabilities, accuracy, loss
@@ -236,22 +250,35 @@ def validate(
 
 
 def fit(
-    cfg: Config, clips: pd.DataFrame, mfcc: MFCC, *, member: int, resume: bool, show: Callable[[Row], None]
+    cfg: Config,
+    clips: pd.DataFrame,
+    mfcc: MFCC,
+    *,
+    member: int = 1,
+    init: Checkpoint | None = None,
+    resume: bool = False,
+    on_epoch: OnEpoch = lambda _: None,
 ) -> None:
     """Train one network of the ensemble; after each epoch its state goes to run_dir/network<member>.pth.
 
     The network that is kept is of the latest epoch whose validation accuracy is within one standard error of
     the best (Breiman et al. 1984): the highest of 40 accuracies on 1,000 clips is an accident.
 
-    `clips` has the column part, as split gives it for this network, and `show` gets the row of history.csv
-    of each epoch.
+    Args:
+        cfg: The settings; precision is not auto.
+        clips: As load_corpus gives them, with the column part, as split gives it for this network.
+        mfcc: The features, in the cache.
+        member: Which network, from 1.
+        init: The model to start from.
+        resume: Whether to go on with the state of an interrupted run.
+        on_epoch: Gets the row of history.csv of each epoch.
 
     Raises:
-        UserError: The loss is no longer finite.
+        UserError: The loss is no longer finite, or the state is of another network.
     """
     path, seed = Path(cfg.run_dir, f"network{member}.pth"), member_seed(cfg, member)
     device, labels = resolve_device(cfg.device), sorted(set(clips.emotion))
-    dtype = resolve_dtype(cfg.precision, device)
+    dtype = getattr(torch, cfg.precision)
     # The augmentation is made on the CPU, and takes the features' constants along to the device.
     cache, augment = FeatureCache(cfg, mfcc), Augment(copy.deepcopy(mfcc), cfg).to(device)
     train_clips, val_clips = clips[clips.part == "train"], clips[clips.part == "val"]
@@ -261,33 +288,34 @@ def fit(
     criterion = nn.CrossEntropyLoss(weights, label_smoothing=cfg.label_smoothing).to(device)
 
     torch.manual_seed(seed)
-    all_windows = make_loader(train_clips, labels, cache, cfg)
-    model = make_network(cfg, len(labels), member, all_windows).to(device)
-    start_from(init_file(cfg), model, member, labels)
+    model = make_network(cfg, len(labels), member, make_loader(train_clips, labels, cache, cfg)).to(device)
+    if init:
+        start_from(init, model, member, labels)
     average = make_average(model, cfg.ema_decay)
     optimizer = make_optimizer(model, cfg)
-    n_steps = len(make_train_loader(example, labels, cache, cfg, seed))
+    n_steps = len(make_train_loader(example, labels, cache, cfg))
     warmup, plateau = make_schedules(optimizer, cfg, n_steps)
-    parts: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
-    parts |= {"warmup": warmup, "plateau": plateau}
+    stateful: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
+    stateful |= {"warmup": warmup, "plateau": plateau}
     history: list[Row] = []
     best, bad_epochs, kept = 0.0, 0, {}
     if resume and path.is_file():
         state = load_tensors(path)
-        for name, part in parts.items():
+        load_weights(model, state["model"])  # says what does not fit, after an edit of the network
+        for name, part in stateful.items():
             part.load_state_dict(state[name])
         history, best, bad_epochs, kept = (state[name] for name in ("history", "best", "bad_epochs", "kept"))
 
-    ddp_model = DistributedDataParallel(model) if distributed.is_initialized() else model
     averaged = EmotionEnsemble(augment.mfcc, [average.module], Distance(cfg).to(device))
     while len(history) < cfg.epochs and bad_epochs < cfg.patience:
         started, epoch, lr = time.perf_counter(), len(history) + 1, optimizer.param_groups[0]["lr"]
         # Seeded anew each epoch, so that a resumed run needs no state of random generators.
-        torch.manual_seed((seed * 10_007 + epoch) * 101 + rank())
-        drawn = draw_clips(train_clips, cfg, seed * 10_007 + epoch)
-        train_loader = make_train_loader(drawn, labels, cache, cfg, seed + epoch)
+        torch.manual_seed(seed * 10_007 + epoch)
+        train_loader = make_train_loader(
+            draw_clips(train_clips, cfg, torch.initial_seed()), labels, cache, cfg
+        )
         loss, train_accuracy = train_epoch(
-            ddp_model,
+            model,
             train_loader,
             criterion,
             optimizer,
@@ -313,29 +341,21 @@ def fit(
         row = {"network": member, "epoch": epoch, "learning_rate": lr, "train_loss": loss}
         row |= {"train_accuracy": train_accuracy, "val_loss": val_loss, "val_accuracy": accuracy}
         history.append(row | {"seconds": round(time.perf_counter() - started, 2)})
-        if rank() == 0:
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"history": history, "best": best, "bad_epochs": bad_epochs, "kept": kept}
-            save_tensors(path, state)
-        show(history[-1])
+        state = {name: part.state_dict() for name, part in stateful.items()}
+        state |= {"history": history, "best": best, "bad_epochs": bad_epochs, "kept": kept}
+        save_tensors(path, state)
+        on_epoch(history[-1])
 
 
-def init_file(cfg: Config) -> Path:
-    """Where a run keeps the model that --init named."""
-    return Path(cfg.run_dir, "init.pth")
-
-
-def start_from(path: Path, model: EmotionCNNGRU, member: int, labels: Sequence[str]) -> None:
+def start_from(init: Checkpoint, model: EmotionCNNGRU, member: int, labels: Sequence[str]) -> None:
     """Give a network the weights of its number in a trained model, mean and std of the features included.
 
-    Where the classes are others, the last layer stays as it is, at random; without a file so does all.
+    Where the classes are others, the last layer stays as it is, at random.
     """
-    if path.is_file():
-        content, last = load_tensors(path), f"head.{len(model.head) - 1}."
-        weights = content["members"][member - 1]
-        if not same_classes(content["labels"], labels):
-            weights |= {name: own for name, own in model.state_dict().items() if name.startswith(last)}
-        model.load_state_dict(weights)
+    weights, last_layer = dict(init.members[member - 1]), f"head.{len(model.head) - 1}."
+    if not same_classes(init.labels, labels):
+        weights |= {name: own for name, own in model.state_dict().items() if name.startswith(last_layer)}
+    load_weights(model, weights)
 
 
 def make_network(cfg: Config, n_classes: int, member: int, loader: Loader) -> EmotionCNNGRU:
@@ -377,130 +397,407 @@ def make_schedules(
     )
 
 
-# ---- several networks ------------------------------------------------------------------------------------
+# ---- many networks: jobs over cores, GPUs and machines ---------------------------------------------------
 
 
-def fit_members(
-    cfg: Config, tables: Sequence[pd.DataFrame], mfcc: MFCC, *, resume: bool, show: Callable[[Row], None]
-) -> None:
-    """Train all networks: on CPU as many at once as there are cores, else one after the other.
+class Job(NamedTuple):
+    """A network to train, of an ensemble that is tested on one fold (0: there are no folds)."""
+
+    fold: int
+    member: int
+
+
+def make_jobs(cfg: Config, n_folds: int) -> list[Job]:
+    """The networks of a run; under torchrun those of this process, every so many-th."""
+    jobs = itertools.product(range(1, n_folds + 1) or [0], range(1, cfg.ensemble + 1))
+    return [Job(*job) for job in jobs][rank() :: world_size()]
+
+
+def fold_config(cfg: Config, fold: int) -> Config:
+    """The settings with the folder and the checkpoint of a fold."""
+    run_dir = Path(cfg.run_dir, f"fold{fold}" if fold else "")
+    return replace(cfg, run_dir=str(run_dir), checkpoint=str(run_dir / Config.checkpoint))
+
+
+def divide(clips: pd.DataFrame, cfg: Config, job: Job, n_folds: int) -> pd.DataFrame:
+    """The clips with the column part: which a network trains, validates and is tested on."""
+    part = split(clips, cfg, member=job.member, fold=max(0, job.fold - 1), n_folds=n_folds)
+    return clips.assign(part=part)
+
+
+def run_job(cfg: Config, job: Job, inputs: "Inputs", *, resume: bool, on_epoch: OnEpoch) -> None:
+    """Train the network of a job."""
+    clips = divide(inputs.clips, cfg, job, inputs.n_folds)
+    own = replace(fold_config(cfg, job.fold), precision=inputs.precision)
+    fit(own, clips, inputs.mfcc, member=job.member, init=inputs.init, resume=resume, on_epoch=on_epoch)
+
+
+def own_devices(cfg: Config) -> list[str]:
+    """The devices that this process trains on, a network on each at a time: the cores, or the GPUs.
+
+    Processes that torchrun started on one machine share them.
+    """
+    device, devices = resolve_device(cfg.device), [cfg.device]
+    if device.type == "cpu":
+        devices = ["cpu"] * cpu_count()
+    elif cfg.device in {"auto", "cuda"}:
+        devices = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
+    first, step = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return devices[first::step] or [devices[first % len(devices)]]
+
+
+def run_jobs(cfg: Config, jobs: Sequence[Job], *, resume: bool, on_epoch: OnEpoch) -> None:
+    """Train all networks, as many at once as there are cores or GPUs.
 
     Two networks with a thread each take half the time of one after the other with two threads, since threads
-    wait for each other at every small step. Each has a table of clips with parts of its own.
+    wait for each other at every small step.
 
     Raises:
         UserError: A loss is no longer finite, or a process died.
+        ProcessRaisedException: There is a bug; the message holds the traceback of the process.
     """
-    n_parallel = min(len(tables), cpu_count())
-    waiting: list[dict[str, Any]] = [
-        {"cfg": cfg, "clips": clips, "mfcc": mfcc, "member": member, "resume": resume}
-        for member, clips in enumerate(tables, start=1)
-    ]
-    if n_parallel == 1 or distributed.is_initialized() or resolve_device(cfg.device).type != "cpu":
-        for arguments in waiting:
-            fit(**arguments, show=show)
+    devices = own_devices(cfg)
+    n_threads = max(1, len(devices) // max(1, len(jobs)))
+    devices = devices[: len(jobs)]
+    if len(devices) < 2:
+        for job in jobs:
+            run_job(cfg, job, load_inputs(cfg), resume=resume, on_epoch=on_epoch)
         return
     context = multiprocessing.get_context("spawn")
-    running: dict[Connection, BaseProcess] = {}
     try:
-        while waiting or running:
-            while waiting and len(running) < n_parallel:
-                ours, theirs = context.Pipe(duplex=False)
-                n_threads = cpu_count() // n_parallel
-                running[ours] = context.Process(
-                    target=_fit_in_child, args=(theirs, n_threads, waiting.pop(0))
-                )
-                before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # a child keeps it while it starts
-                running[ours].start()
-                signal.signal(signal.SIGINT, before)
-                theirs.close()
-            for pipe in cast(list[Connection], wait(list(running))):
-                try:
-                    message = pipe.recv()
-                except EOFError:  # it has ended
-                    process = running.pop(pipe)
-                    process.join()
-                    if process.exitcode:
-                        raise UserError(f"a training process died ({process.exitcode})", code=1) from None
-                else:
-                    if isinstance(message, Exception):
-                        raise message
-                    show(message)
+        with hold_interrupts():
+            n_taken, rows = context.Value("i", 0), context.SimpleQueue()
+            own = [replace(cfg, device=device) for device in devices]
+            work = partial(_work, own, jobs, n_threads=n_threads, resume=resume)
+            children: ProcessContext = start_processes(  # type: ignore[no-untyped-call] # torch's
+                work, (n_taken, rows), len(own), join=False, start_method="spawn"
+            )
+        all_ended = False
+        while not all_ended:
+            all_ended = children.join(timeout=0.5)
+            while not rows.empty():
+                row = rows.get()
+                if isinstance(row, Exception):
+                    raise row
+                on_epoch(row)
+    except ProcessExitedException as error:
+        raise UserError(f"a training process died: {error}", code=1) from None
     finally:
-        for process in running.values():
-            process.terminate()
+        for process in multiprocessing.active_children():
+            process.kill()  # files are written in one step: it leaves none half-written
             process.join()
 
 
-def _fit_in_child(pipe: Connection, n_threads: int, arguments: dict[str, Any]) -> None:
+def _work(
+    configs: Sequence[Config],
+    jobs: Sequence[Job],
+    number: int,
+    n_taken: "Synchronized[int]",
+    rows: "SimpleQueue[Row | Exception]",
+    *,
+    n_threads: int,
+    resume: bool,
+) -> None:
+    """A training process: takes one job after the other, until none is left."""
     start_child(n_threads)
+    cfg = configs[number]
     try:
-        fit(**arguments, show=pipe.send)
-    except (UserError, OSError, MemoryError, RuntimeError) as error:  # the parent's run() words them
-        pipe.send(error)
+        while True:
+            with n_taken.get_lock():
+                next_job, n_taken.value = n_taken.value, n_taken.value + 1
+            if next_job >= len(jobs):
+                return
+            run_job(cfg, jobs[next_job], load_inputs(cfg), resume=resume, on_epoch=rows.put)
+    except (UserError, OSError, MemoryError) as error:  # the parent's run() words them
+        rows.put(error)
 
 
-# ---- the run ---------------------------------------------------------------------------------------------
+def faster_precision(cfg: Config, n_classes: int) -> Precision:
+    """float32 or bfloat16 (mixed precision), whichever trains this network faster here, by a few steps.
+
+    bfloat16 has the range of float32 and 8 bits of precision; sums and all weights stay float32 (Kalamkar et
+    al. 2019, arXiv:1905.12322). That a processor has it does not mean that it is fast.
+    """
+    device = resolve_device(own_devices(cfg)[0])
+    if cfg.precision != "auto":
+        return cfg.precision
+    model = EmotionCNNGRU(cfg, n_classes).to(device)
+    features = torch.randn(cfg.batch_size, cfg.n_features, cfg.n_frames, device=device)
+    seconds: dict[Precision, float] = {"float32": math.inf, "bfloat16": math.inf}
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    for _ in range(4):
+        for name, fastest in seconds.items():
+            started = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=name == "bfloat16"):
+                loss = model(features).square().mean()
+            loss.backward()
+            loss.item()  # waits for a GPU
+            seconds[name] = min(fastest, time.perf_counter() - started)
+    torch.set_num_threads(n_threads)
+    faster = min(seconds, key=lambda name: seconds[name])
+    times = " and ".join(f"{1000 * value:.0f} ms in {name}" for name, value in seconds.items())
+    note(f"note: trains in {faster}: a step takes {times}")
+    return faster
 
 
-def divide(clips: pd.DataFrame, cfg: Config, *, fold: int = 0, n_folds: int = 0) -> list[pd.DataFrame]:
-    """For each network, the clips with the column part: which it trains, validates and is tested on."""
-    members = range(1, cfg.ensemble + 1)
-    return [
-        clips.assign(part=split(clips, cfg, member=member, fold=fold, n_folds=n_folds)) for member in members
+@contextlib.contextmanager
+def torchrun() -> Iterator[None]:
+    """Join the processes that torchrun started, if it did: each trains its part of the networks."""
+    if not distributed.is_torchelastic_launched():
+        yield
+        return
+    distributed.init_process_group("gloo", timeout=timedelta(days=30))
+    try:
+        with contextlib.nullcontext() if rank() == 0 else contextlib.redirect_stdout(None):
+            yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def rank() -> int:
+    """Number of this process of torchrun; the first one, 0, reads the corpus and reports."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes torchrun started, on all machines."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
+
+
+def wait_for_others() -> None:
+    """Return when all processes of torchrun have come here."""
+    if distributed.is_initialized():
+        arrival = distributed.barrier(async_op=True)
+        while not arrival.is_completed():  # a plain barrier is deaf to Ctrl-C
+            time.sleep(0.1)
+
+
+# ---- the run folder --------------------------------------------------------------------------------------
+#
+# A run is a folder: inputs.pth, what its processes read; network<n>.pth, what --resume goes on from; its
+# model; its report. With folds, each has a folder of its own in it for all but the inputs.
+
+
+class Inputs(NamedTuple):
+    """What the processes of a run read."""
+
+    clips: pd.DataFrame  # as load_corpus gives them
+    mfcc: MFCC
+    init: Checkpoint | None  # the model to start from
+    precision: Precision  # not auto
+    n_folds: int  # 0: none
+
+
+def save_inputs(cfg: Config, inputs: Inputs) -> None:
+    """Write inputs.pth into the run folder."""
+    content: dict[str, Any] = inputs._asdict() | {"clips": inputs.clips.to_dict("list")}
+    content |= {"mfcc": inputs.mfcc.state_dict(), "init": inputs.init and asdict(inputs.init)}
+    save_tensors(Path(cfg.run_dir, "inputs.pth"), content)
+
+
+def load_inputs(cfg: Config) -> Inputs:
+    """Read inputs.pth.
+
+    Raises:
+        UserError: It is missing or damaged.
+    """
+    content = load_tensors(Path(cfg.run_dir, "inputs.pth"))
+    content["clips"] = pd.DataFrame(content["clips"])
+    content["mfcc"] = MFCC(content["mfcc"], cfg.hop_length)
+    content["init"] = content["init"] and Checkpoint.from_dict(content["init"])
+    return Inputs(**content)
+
+
+def read_about(cfg: Config) -> dict[str, Any]:
+    """What run.json says of the run in the run folder; empty where there is none.
+
+    Raises:
+        UserError: It is damaged.
+    """
+    path = Path(cfg.run_dir, "run.json")
+    try:
+        about = json.loads(path.read_text()) if path.is_file() else {}
+        return about if not about or about["run"] else {}
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{path} is damaged: move {cfg.run_dir} away, or pass another --run_dir") from None
+
+
+def check_run_dir(cfg: Config) -> None:
+    """Refuse a run folder that cannot be renamed when the next run begins.
+
+    Raises:
+        UserError: It holds the data, the cache, or the current folder.
+    """
+    run_dir = Path(cfg.run_dir).resolve()
+    for name, path in {
+        "the current folder": ".",
+        "data_dir": cfg.data_dir,
+        "cache_dir": cfg.cache_dir,
+    }.items():
+        if Path(path).resolve().is_relative_to(run_dir):
+            raise UserError(f"run_dir = {cfg.run_dir!r}: holds {name}: a run needs a folder of its own")
+
+
+def check_resume(cfg: Config, about: dict[str, Any], mine: dict[str, Any]) -> None:
+    """Refuse to go on with a run that was another one.
+
+    Raises:
+        UserError: There is none, or its settings, clips or split differ from `mine`.
+    """
+    if not about:
+        raise UserError(f"no run in {cfg.run_dir} to resume: start one with `python train.py`")
+    free = (RUNTIME_FIELDS - {"batch_size"}) | {"epochs", "patience"}
+    differences = [
+        "the clips or their split" if name == "data" else f"{name}: {about.get(name)!r} -> {value!r}"
+        for name, value in mine.items()
+        if about.get(name) != value and name not in free
     ]
+    if differences:
+        raise UserError(f"cannot resume {cfg.run_dir}, which was another run: {'; '.join(differences)}")
+
+
+def set_aside(folder: Path, date: str) -> None:
+    """Rename a folder of results to <its name>_<date>, since new ones will take its place."""
+    folder = folder.resolve()  # a link stays one
+    new = folder.with_name(f"{folder.name}_{date}")
+    folder.rename(new)
+    note(f"note: {folder.name} is of an earlier run: it is {new.name} now")
+
+
+@contextlib.contextmanager
+def run_lock(cfg: Config) -> Iterator[None]:
+    """Keep other runs out of the run folder; the lock lies beside it, since the folder may be renamed.
+
+    Raises:
+        UserError: Another run is writing there.
+    """
+    folder = Path(cfg.run_dir).resolve()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(folder.with_name(f".{folder.name}.lock"), timeout=1):
+            yield
+    except Timeout:
+        raise UserError(f"another run is writing to {cfg.run_dir}: wait, or pass --run_dir") from None
+
+
+def start_run(cfg: Config, inputs: Inputs, *, resume: bool) -> Inputs:
+    """Set an earlier run aside and begin a new one, or check that it can be resumed; write its inputs.
+
+    Until all that can be refused has been, nothing is touched.
+
+    Raises:
+        UserError: The run cannot be resumed.
+    """
+    about = read_about(cfg)
+    mine = {"folds": inputs.n_folds, "data": digest(cfg, inputs), **asdict(cfg)}
+    if resume:
+        check_resume(cfg, about, mine)
+        inputs = inputs._replace(precision=about["trained_in"], init=load_inputs(cfg).init)
+    else:
+        inputs = inputs._replace(precision=faster_precision(cfg, inputs.clips.emotion.nunique()))
+        if about:
+            set_aside(Path(cfg.run_dir), about["run"])
+        own = {"run": datetime.now().strftime(RUN_ID), "init": inputs.init.run if inputs.init else ""}
+        save_json(Path(cfg.run_dir, "run.json"), own | {"trained_in": inputs.precision} | mine)
+    save_inputs(cfg, inputs)
+    return inputs
+
+
+def digest(cfg: Config, inputs: Inputs) -> str:
+    """A hash of the clips and their split."""
+    tables = [divide(inputs.clips, cfg, Job(fold, 1), inputs.n_folds) for fold in folds_of(inputs)]
+    text = "".join(table[["audio_hash", "emotion", "part"]].to_csv(index=False) for table in tables)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+RUN_ID = "%Y-%m-%d-%H%M%S-%f"  # when it began
+
+
+# ---- training, from clips to report ----------------------------------------------------------------------
 
 
 def train(
-    cfg: Config, mfcc: MFCC, tables: Sequence[pd.DataFrame], *, resume: bool, init: Checkpoint | None
-) -> pd.DataFrame:
-    """Train the networks, keep the best epoch of each, and report how good they are.
+    cfg: Config,
+    *,
+    n_folds: int = 0,
+    resume: bool = False,
+    init: str = "",
+    on_epoch: OnEpoch = lambda _: None,
+) -> dict[str, Any]:
+    """Train the networks, keep the best epoch of each, and report how good they are together.
 
-    `tables` is what divide gave, `init` the model to start from, `resume` whether to go on with the run in
-    run_dir.
+    Args:
+        cfg: The settings.
+        n_folds: Cross-validate: train once per fold, and score every clip by networks that never saw it.
+        resume: Go on with the interrupted run in run_dir.
+        init: A trained model to start from.
+        on_epoch: Gets the row of history.csv of each epoch.
 
     Returns:
-        What predictions.csv holds; under torchrun nothing in all processes but the first.
+        What metrics.json holds; under torchrun nothing in all processes but the first.
 
     Raises:
-        UserError: The run cannot be resumed, or its loss is no longer finite.
+        UserError: The run cannot begin, and nothing was touched; or its loss is no longer finite.
         KeyboardInterrupt: The finished epochs are saved.
     """
-    clips = tables[0]  # the test part is that of all
-    about = describe_split(clips, cfg)
-    say(about)
-    data = hashlib.sha256(clips[["audio_hash", "emotion", "part"]].to_csv(index=False).encode()).hexdigest()
-    run_id = start_run(cfg, data, resume=resume, init=init) if rank() == 0 else ""
-    try:
-        quiet = True if rank() > 0 else None  # None: where there is no terminal
-        with tqdm(total=cfg.ensemble * cfg.epochs, unit="epoch", disable=quiet) as bar:
-            broadcast([run_id])  # the others wait until an earlier run is set aside
-            fit_members(cfg, tables, mfcc, resume=resume, show=lambda row: show_epoch(row, cfg, bar))
-    except (KeyboardInterrupt, UserError) as error:  # the networks so far are worth keeping
-        with contextlib.suppress(UserError):  # a damaged state, or the error itself once more
-            if maker_of(Path(cfg.checkpoint)) not in {None, run_id}:  # a finished model is worth more
-                cfg = replace(cfg, checkpoint=str(Path(cfg.run_dir, "unfinished.pth")))
-            if rank() == 0 and collect(cfg, tables, mfcc, run_id):
-                note(f"the networks so far are kept in {cfg.checkpoint}")
-        if isinstance(error, KeyboardInterrupt):
-            note("stopped: the same command with --resume goes on after the last finished epoch")
-        raise
-    if not bar.n:
+    with torchrun(), contextlib.ExitStack() as stack:
+        if rank() == 0:
+            check_run_dir(cfg)
+            resolve_device(cfg.device)
+            mfcc = MFCC(mfcc_constants(cfg), cfg.hop_length)
+            clips = load_corpus(cfg, mfcc)
+            start = load_init(Path(init), cfg, sorted(set(clips.emotion))) if init else None
+            inputs = Inputs(clips, mfcc, start, cfg.precision, n_folds)
+            for job in make_jobs(cfg, n_folds):
+                divide(clips, cfg, job, n_folds)  # an impossible split is refused here
+            stack.enter_context(run_lock(cfg))
+            start_run(cfg, inputs, resume=resume)
+        wait_for_others()
+        inputs = load_inputs(cfg)
+        say(describe_split(divide(inputs.clips, cfg, Job(folds_of(inputs)[0], 1), n_folds), cfg))
+        try:
+            train_networks(cfg, inputs, resume=resume, on_epoch=on_epoch)
+        except (KeyboardInterrupt, UserError) as error:
+            if rank() == 0:
+                keep_networks(cfg, inputs)
+            if isinstance(error, KeyboardInterrupt):
+                note("stopped: the same command with --resume goes on after the last finished epoch")
+            raise
+        wait_for_others()
+        return finish(cfg, inputs) if rank() == 0 else {}
+
+
+def train_networks(cfg: Config, inputs: Inputs, *, resume: bool, on_epoch: OnEpoch) -> None:
+    """Train the networks of this process, and show how far they are."""
+    jobs = make_jobs(cfg, inputs.n_folds)
+    with tqdm(total=len(jobs) * cfg.epochs, unit="epoch", disable=True if rank() else None) as bar:
+
+        def show(row: Row) -> None:
+            show_epoch(row, cfg, bar)
+            on_epoch(row)
+
+        run_jobs(cfg, jobs, resume=resume, on_epoch=show)
+    if jobs and not bar.n:
         note(f"note: nothing was left to train: for more, start a new run with --init {cfg.checkpoint}")
-    collected = collect(cfg, tables, mfcc, run_id) if rank() == 0 else None
-    Path(cfg.run_dir, "unfinished.pth").unlink(missing_ok=True)
-    return report(cfg, clips, *collected, about) if collected else pd.DataFrame()
+
+
+def folds_of(inputs: Inputs) -> list[int]:
+    """The numbers of the folds, from 1; [0] where there are none."""
+    return list(range(1, inputs.n_folds + 1)) or [0]
 
 
 def describe_split(clips: pd.DataFrame, cfg: Config) -> str:
-    """Clips per part, and whether the test speakers are known from training."""
+    """The classes, clips per part, and whether the test speakers are known from training."""
+    classes = sorted(set(clips.emotion))
     sizes = ", ".join(f"{(clips.part == part).sum():,} {part}" for part in ("train", "val", "test"))
     speakers = {part: set(group.speaker) - {""} for part, group in clips.groupby("part")}
     heard = speakers.get("test", set()) | speakers["val"]
     shared = f", {len(heard & speakers['train'])} of the {len(heard)} speakers in val and test also in train"
     how = {"random": "split at random", "speaker": "split by speaker"}[cfg.split]
     how += ", val drawn anew for each network" if cfg.ensemble > 1 else ""
-    return f"{clips.emotion.nunique()} classes; {sizes} clips, {how}" + (shared if heard else "")
+    names = printable(f"{len(classes)} classes ({', '.join(classes)})")
+    return f"{names}; {sizes} clips, {how}" + (shared if heard else "")
 
 
 def show_epoch(row: Row, cfg: Config, bar: "tqdm[Any]") -> None:
@@ -514,114 +811,102 @@ def show_epoch(row: Row, cfg: Config, bar: "tqdm[Any]") -> None:
         say(f"{epoch}  {train}  {val}  lr {row['learning_rate']:.1e}  {row['seconds']:.1f} s")
 
 
-RUN_ID = "%Y-%m-%d-%H%M%S"  # when it began
-# What a run writes into run_dir, besides the lock and folders of earlier runs.
-RUN_FILES = (  # run.json last: while it is there, what is beside it is known to be of an earlier run
-    "history.csv metrics.json predictions.csv mistakes.html loss.png confusion_matrix.png scores.png "
-    "network*.pth init.pth unfinished.pth fold* evaluate_* run.json"
-).split()
+def finish(cfg: Config, inputs: Inputs) -> dict[str, Any]:
+    """Make the model, or that of each fold, and report how good it is; returns what metrics.json holds."""
+    if not inputs.n_folds:
+        metrics, _ = report(cfg, *make_model(cfg, inputs, fold=0))
+        copy_model(cfg)
+        return metrics
+    reports = []
+    for fold in folds_of(inputs):
+        say(f"\nfold {fold} of {inputs.n_folds}")
+        reports.append(report(fold_config(cfg, fold), *make_model(cfg, inputs, fold=fold)))
+    return report_folds(cfg, [predictions for _, predictions in reports])
 
 
-def start_run(cfg: Config, data: str, *, resume: bool, init: Checkpoint | None) -> str:
-    """Set an earlier run in run_dir aside, or check that it can be resumed; returns the id of the run.
+def copy_model(cfg: Config) -> None:
+    """Put the model of a run where inference.py looks for it."""
+    made = Path(fold_config(cfg, 0).checkpoint)
+    if made.resolve() != Path(cfg.checkpoint).resolve():
+        save_file(Path(cfg.checkpoint), made.read_bytes())
 
-    `data` stands for the clips and their split. The run keeps `init`, the model that it starts from, so that
-    it can be resumed when that file is gone, or holds what the run itself has written.
+
+def keep_networks(cfg: Config, inputs: Inputs) -> None:
+    """Make models of the networks so far, since the run ends early; none replaces that of a finished run."""
+    for fold in folds_of(inputs):
+        with contextlib.suppress(UserError):  # of a state that is damaged, or not there yet
+            make_model(cfg, inputs, fold=fold)
+            note(f"the networks so far are kept in {fold_config(cfg, fold).checkpoint}")
+            if not (inputs.n_folds or Path(cfg.checkpoint).exists()):
+                copy_model(cfg)
+
+
+class Network(NamedTuple):
+    """A trained network."""
+
+    clips: pd.DataFrame  # with its parts
+    state: dict[str, Any]  # what fit wrote
+
+    @property
+    def val_probabilities(self) -> pd.DataFrame:
+        """Of the validation clips, (N, C), by their row in the table of clips."""
+        probabilities = self.state["kept"]["val_probabilities"]
+        return pd.DataFrame(probabilities.numpy(), self.clips.index[self.clips.part == "val"])
+
+
+def load_networks(cfg: Config, inputs: Inputs, fold: int) -> list[Network]:
+    """The networks of a fold that have come to the end of an epoch.
 
     Raises:
-        UserError: There is nothing to resume, or it was another run.
+        UserError: There are none, or a file is damaged.
     """
-    about, mine = Path(cfg.run_dir, "run.json"), {"data": data, **asdict(cfg)}
-    try:
-        earlier = json.loads(about.read_text()) if about.is_file() else None
-    except ValueError:
-        raise UserError(f"{about} is damaged: move {cfg.run_dir} away, or pass another --run_dir") from None
-    if not resume:
-        if earlier:
-            files = [file for pattern in RUN_FILES for file in sorted(about.parent.glob(pattern))]
-            set_aside(files, Path(cfg.run_dir, earlier["run"]))
-        init_file(cfg).unlink(missing_ok=True)
-        if init:
-            save_checkpoint(init_file(cfg), init)
-        run_id = datetime.now().strftime(RUN_ID)
-        save_json(about, {"run": run_id, "init": init.run if init else "", **mine})
-        return run_id
-    if earlier is None:
-        raise UserError(f"no run in {cfg.run_dir} to resume: start one with `python train.py`")
-    free = (RUNTIME_FIELDS - {"batch_size"}) | {"epochs", "patience"}
-    differences = [
-        "the clips or their split" if name == "data" else f"{name}: {earlier.get(name)!r} -> {value!r}"
-        for name, value in mine.items()
-        if earlier.get(name) != value and name not in free
-    ]
-    if differences:
-        raise UserError(f"cannot resume {cfg.run_dir}, which was another run: {'; '.join(differences)}")
-    return str(earlier["run"])
+    folder, networks = Path(fold_config(cfg, fold).run_dir), list[Network]()
+    for member in range(1, cfg.ensemble + 1):
+        if (path := folder / f"network{member}.pth").is_file():
+            clips = divide(inputs.clips, cfg, Job(fold, member), inputs.n_folds)
+            networks.append(Network(clips, load_tensors(path)))
+    if not networks:
+        raise UserError(f"no network in {folder} has come to the end of an epoch", code=1)
+    return networks
 
 
-def set_aside(
-    files: Sequence[Path], folder: Path, *, by: Callable[[Path, Path], object] = shutil.move
-) -> None:
-    """Move files of an earlier run into a folder named after its date; nothing there is overwritten."""
-    while any((folder / file.name).exists() for file in files):
-        folder = folder.with_name(f"{folder.name}-")
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        by(file, folder / file.name)  # shutil also reaches another file system
-    note(f"note: {', '.join(file.name for file in files)} of an earlier run set aside in {folder}")
-
-
-def maker_of(checkpoint: Path) -> str | None:
-    """The id of the run that made a checkpoint; None where there is none."""
-    try:
-        return Path(str(load_tensors(checkpoint).get("run"))).name if checkpoint.is_file() else None
-    except UserError:  # of another version, perhaps
-        return "earlier"
-
-
-def collect(
-    cfg: Config, tables: Sequence[pd.DataFrame], mfcc: MFCC, run_id: str
-) -> tuple[Checkpoint, pd.DataFrame] | None:
-    """Write the networks kept so far into the checkpoint, and history and curves.
+def make_model(cfg: Config, inputs: Inputs, *, fold: int) -> tuple[Checkpoint, pd.DataFrame, pd.DataFrame]:
+    """Write the networks of a run or fold into its checkpoint, and its history and curves beside it.
 
     Returns:
-        The checkpoint and the predictions of the validation clips; None if there are no networks yet.
+        The checkpoint, the clips with their parts, and the predictions of the validation clips.
+
+    Raises:
+        UserError: There is no network yet, or a file is damaged.
     """
-    run_dir, path = Path(cfg.run_dir), Path(cfg.checkpoint)
-    networks = [
-        (clips, load_tensors(file))
-        for member, clips in enumerate(tables, start=1)
-        if (file := Path(cfg.run_dir, f"network{member}.pth")).is_file()
-    ]
-    if not networks:
-        return None
-    kept = [state["kept"] for _, state in networks]
-    labels = sorted(set(tables[0].emotion))
-    learnt = tables[0][np.any([clips.part == "train" for clips, _ in networks], axis=0)]
-    validated, probabilities, n_networks = out_of_fold(networks)
+    networks, mfcc = load_networks(cfg, inputs, fold), inputs.mfcc
+    clips, kept = networks[0].clips, [network.state["kept"] for network in networks]
+    labels = sorted(set(clips.emotion))
+    learnt = clips[np.any([network.clips.part == "train" for network in networks], axis=0)]
+    validated, probabilities, n_networks = out_of_bag(networks)
     targets = torch.tensor([labels.index(emotion) for emotion in validated.emotion])
     temperature = fit_temperature(probabilities, targets, n_networks)
+    seen = [short_hashes(clips[clips.part != "test"]), *([inputs.init.seen] if inputs.init else [])]
     checkpoint = Checkpoint(
         config=replace(cfg, **{name: getattr(Config(), name) for name in RUNTIME_FIELDS}),
         labels=labels,
         mfcc=mfcc.state_dict() | {"mel": mfcc.mel.to_sparse()},  # nearly all of it is zeros
         members=[best["weights"] for best in kept],
         epochs=[best["epoch"] for best in kept],
-        temperature=temperature * softening(len(networks)),
-        distance=fit_distance(cfg, networks[0][0], mfcc),
+        temperature=temperature * relative_temperature(len(networks)),
+        distance=fit_distance(cfg, clips, mfcc),
         n_clips={label: int((learnt.emotion == label).sum()) for label in labels},
+        seen=torch.unique(torch.cat(seen)),
         versions={"python": platform.python_version(), "torch": str(torch.__version__)},
-        run=run_id,
+        run=read_about(cfg)["run"],
     )
-    earlier = maker_of(path)
-    if earlier and earlier != run_id:  # a copy, since the old one stays in place until the new one is whole
-        set_aside([path], run_dir / earlier, by=shutil.copy2)
-    save_checkpoint(path, checkpoint)
-    history = pd.DataFrame([row for _, state in networks for row in state["history"]])
-    save_table(run_dir / "history.csv", history)
-    save_figure(run_dir / "loss.png", lambda: plot_history(history, checkpoint.epochs))
-    probabilities = calibrate(probabilities, temperature * softening(n_networks))
-    return checkpoint, make_predictions(validated, labels, probabilities)
+    own = fold_config(cfg, fold)
+    save_checkpoint(Path(own.checkpoint), checkpoint)
+    history = pd.DataFrame([row for network in networks for row in network.state["history"]])
+    save_table(Path(own.run_dir, "history.csv"), history)
+    save_figure(Path(own.run_dir, "loss.png"), lambda: plot_history(history, checkpoint.epochs))
+    probabilities = calibrate(probabilities, temperature * relative_temperature(n_networks))
+    return checkpoint, clips, make_predictions(validated, labels, probabilities)
 
 
 def fit_distance(cfg: Config, clips: pd.DataFrame, mfcc: MFCC) -> dict[str, Tensor]:
@@ -632,26 +917,19 @@ def fit_distance(cfg: Config, clips: pd.DataFrame, mfcc: MFCC) -> dict[str, Tens
     return distance.state_dict()
 
 
-def out_of_fold(
-    networks: Sequence[tuple[pd.DataFrame, dict[str, Any]]],
-) -> tuple[pd.DataFrame, Tensor, Tensor]:
-    """The validation clips, as judged by the networks that did not train on them.
-
-    `networks` are of each one the clips with its parts, and the state that fit wrote.
+def out_of_bag(networks: Sequence[Network]) -> tuple[pd.DataFrame, Tensor, Tensor]:
+    """Predictions of the validation clips, each by the networks that did not train on it.
 
     Returns:
         The rows of the clips, their mean probabilities (N, C), and how many networks these are of, (N, 1).
     """
-    judged = pd.concat(
-        pd.DataFrame(state["kept"]["val_probabilities"].numpy(), clips.index[clips.part == "val"])
-        for clips, state in networks
-    ).groupby(level=0)
-    mean, count = judged.mean(), torch.tensor(judged.size().to_numpy())
-    validated = networks[0][0].loc[mean.index].reset_index(drop=True)
+    by_clip = pd.concat([network.val_probabilities for network in networks]).groupby(level=0)
+    mean, count = by_clip.mean(), torch.tensor(by_clip.size().to_numpy())
+    validated = networks[0].clips.loc[mean.index].reset_index(drop=True)
     return validated, torch.tensor(mean.to_numpy()), count[:, None]
 
 
-def softening(n_networks: float | Tensor) -> Any:  # noqa: ANN401 - as what comes in
+def relative_temperature(n_networks: NumberT) -> NumberT:
     """The temperature that a mean of so many networks needs, as a part of what one alone needs.
 
     The mean is less sure of itself than each of them. Measured (assets/experiments.md): 1 for one network,
@@ -670,7 +948,7 @@ def fit_temperature(probabilities: Tensor, targets: Tensor, n_networks: Tensor) 
     """
     from scipy.optimize import minimize_scalar  # noqa: PLC0415
 
-    logits = probabilities.clamp(min=1e-12).log() / softening(n_networks)
+    logits = probabilities.clamp(min=1e-12).log() / relative_temperature(n_networks)
 
     def loss(temperature: float) -> float:
         # The prior, 1 give or take 30 %, counts as one clip: a few that are all right make nothing certain.
@@ -684,20 +962,26 @@ def fit_temperature(probabilities: Tensor, targets: Tensor, n_networks: Tensor) 
 
 
 def report(
-    cfg: Config, clips: pd.DataFrame, checkpoint: Checkpoint, validated: pd.DataFrame, about: str
-) -> pd.DataFrame:
-    """Score the model: its predictions of the validation clips, if any, and of the test clips, made here.
+    cfg: Config, checkpoint: Checkpoint, clips: pd.DataFrame, validated: pd.DataFrame, about: str = ""
+) -> tuple[dict[str, Any], pd.DataFrame]:
+    """Score a model on the test clips among those given, and write metrics, predictions and figures.
 
-    `about` says which clips these are.
+    Args:
+        cfg: Its run_dir is where the report goes.
+        checkpoint: The model.
+        clips: As load_corpus gives them, with the column part.
+        validated: Its predictions of the validation clips, if any.
+        about: Which clips these are; empty: what describe_split says.
 
     Returns:
-        The predictions of the test clips; where there are none, of the validation clips.
+        What metrics.json holds, and the predictions of the test clips; where there are none, of the
+        validation clips.
     """
     run_dir = Path(cfg.run_dir)
     model = build_ensemble(checkpoint).to(resolve_device(cfg.device))
     metrics: dict[str, Any] = {
         "run": checkpoint.run,
-        "split": about,
+        "split": about or describe_split(clips, cfg),
         "epochs": checkpoint.epochs,
         "temperature": checkpoint.temperature,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -710,7 +994,7 @@ def report(
     if len(test):
         loader = make_loader(test, checkpoint.labels, FeatureCache(cfg, model.mfcc), cfg)
         predictions = make_predictions(test, checkpoint.labels, evaluate(model, loader)[0])
-        metrics["test"] = score(predictions)
+        metrics["test"] = score(predictions) | {"seen": checkpoint.count_seen(test)}
     save_json(run_dir / "metrics.json", metrics)
     save_predictions(run_dir, predictions)
     for part, title in PART_TITLES.items():
@@ -719,12 +1003,12 @@ def report(
             say(heading + describe_scores(metrics[part]))
     epochs = ", ".join(map(str, checkpoint.epochs))
     say(f"\n{cfg.checkpoint}: {checkpoint.summary}, of epoch {epochs}; report and figures in {run_dir}")
-    return predictions
+    return metrics, predictions
 
 
 PART_TITLES = {
     "val": "validation clips, each by the networks that did not train on it (they chose the epochs)",
-    "test": "test clips (scored once: the score to quote)",
+    "test": "test clips, scored once",
 }
 
 
@@ -819,7 +1103,7 @@ def resample(predictions: pd.DataFrame, unit: "pd.Series[str]", *, draws: int = 
     return pd.DataFrame(scores)
 
 
-def calibration_error(confidence: Any, right: Any, *, n_bins: int = 15) -> float:  # noqa: ANN401
+def calibration_error(confidence: "pd.Series[float]", right: "pd.Series[bool]", *, n_bins: int = 15) -> float:
     """Expected calibration error (ECE, arXiv:1706.04599): how far confidence and accuracy are apart.
 
     Of the probability of each clip's predicted class, (N,), and whether it is right, (N,).
@@ -831,6 +1115,8 @@ def calibration_error(confidence: Any, right: Any, *, n_bins: int = 15) -> float
 def describe_scores(scores: dict[str, Any]) -> str:
     """The scores, laid out for a terminal."""
     lines = []
+    if scores.get("seen"):
+        lines.append(f"not a score: {scores['seen']} of {scores['clips']} clips were seen in training")
     for name, text in SCORES.items():
         low, high = scores["intervals"].get(name, (0, 0))
         interval = f"  95 % interval over speakers {low:.1%} to {high:.1%}" if high else ""
@@ -844,14 +1130,6 @@ def describe_scores(scores: dict[str, Any]) -> str:
         formats: dict[str, Any] = dict.fromkeys(table.columns, "{:.1%}".format) | {"clips": "{:.0f}".format}
         lines.append(table.rename(printable).to_string(formatters=formats))
     return "\n".join(lines)
-
-
-def say(text: str) -> None:
-    """Print to stdout, and go on when nobody reads it any more: the model is worth more than the text."""
-    try:
-        print(text, flush=True)
-    except BrokenPipeError:
-        sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115 - open until the end
 
 
 def save_table(path: Path, table: pd.DataFrame) -> None:
@@ -892,7 +1170,7 @@ def mistakes_page(run_dir: Path, predictions: pd.DataFrame) -> bytes:
 BLUE, ORANGE, SKY = COLOURS[5], COLOURS[0], COLOURS[4]
 
 
-def plot_history(history: pd.DataFrame, kept: Sequence[int]) -> Any:  # noqa: ANN401 - matplotlib's Figure
+def plot_history(history: pd.DataFrame, kept: Sequence[int]) -> "Figure":
     """Loss, accuracy and learning rate, a line per network, and the epochs that were kept."""
     from matplotlib.figure import Figure  # noqa: PLC0415
 
@@ -914,7 +1192,7 @@ def plot_history(history: pd.DataFrame, kept: Sequence[int]) -> Any:  # noqa: AN
     return figure
 
 
-def plot_confusion(predictions: pd.DataFrame) -> Any:  # noqa: ANN401
+def plot_confusion(predictions: pd.DataFrame) -> "Figure":
     """The confusion matrix, each row the fractions of one true class."""
     from matplotlib.figure import Figure  # noqa: PLC0415
     from sklearn.metrics import ConfusionMatrixDisplay  # noqa: PLC0415
@@ -929,7 +1207,7 @@ def plot_confusion(predictions: pd.DataFrame) -> Any:  # noqa: ANN401
     return figure
 
 
-def plot_scores(predictions: pd.DataFrame) -> Any:  # noqa: ANN401
+def plot_scores(predictions: pd.DataFrame) -> "Figure":
     """Accuracy of each corpus, and how far confidence can be believed; with 95 % intervals."""
     from matplotlib.figure import Figure  # noqa: PLC0415
     from scipy.stats import binomtest  # noqa: PLC0415
@@ -963,43 +1241,28 @@ def plot_scores(predictions: pd.DataFrame) -> Any:  # noqa: ANN401
 # ---- cross-validation ------------------------------------------------------------------------------------
 
 
-def cross_validate(
-    cfg: Config, mfcc: MFCC, clips: pd.DataFrame, n_folds: int, *, resume: bool, init: Checkpoint | None
-) -> None:
-    """Train once per fold, and score every clip by the networks that never saw it.
+def report_folds(cfg: Config, tables: Sequence[pd.DataFrame]) -> dict[str, Any]:
+    """Score the clips of all folds together, each labelled by networks that never saw it.
 
-    Each fold is a run of its own in run_dir/fold<n>, its checkpoint included.
+    `tables` are the predictions of each fold; returns what metrics.json holds.
     """
-    folds = [divide(clips, cfg, fold=fold, n_folds=n_folds) for fold in range(n_folds)]
-    run_dir, tables = Path(cfg.run_dir), []
-    if rank() == 0:
-        start_run(cfg, f"{n_folds} folds", resume=resume, init=init)
-    for fold, parts in enumerate(folds):
-        home = run_dir / f"fold{fold + 1}"
-        say(f"\nfold {fold + 1} of {n_folds}")
-        own = replace(cfg, run_dir=str(home), checkpoint=str(home / "best_emotion_model.pth"))
-        goes_on = resume and (home / "run.json").is_file()
-        tables.append(train(own, mfcc, parts, resume=goes_on, init=init).assign(fold=fold + 1))
-    if rank() > 0:
-        return
-    predictions = pd.concat(tables, ignore_index=True)
-    pooled = score(predictions)
-    say(
-        f"\nall {len(predictions):,} clips, each by the networks that never saw it\n{describe_scores(pooled)}"
+    predictions = pd.concat(
+        [table.assign(fold=fold) for fold, table in enumerate(tables, 1)], ignore_index=True
     )
-    per_fold = pd.DataFrame(map(summarize, tables), index=[f"fold {n + 1}" for n in range(n_folds)])
+    pooled = score(predictions)
+    heading = f"all {len(predictions):,} clips, each by the networks that never saw it"
+    say(f"\n{heading}\n{describe_scores(pooled)}")
+    per_fold = pd.DataFrame(map(summarize, tables), index=[f"fold {n + 1}" for n in range(len(tables))])
     per_fold = per_fold.drop(columns="clips")
     per_fold = pd.concat([per_fold, per_fold.agg(["mean", "std"])])
     say(f"\n{per_fold.to_string(float_format='{:.1%}'.format)}")
-    scores = {"pooled": pooled, "folds": [*map(score, tables)], "config": asdict(cfg)}
-    save_json(run_dir / "metrics.json", scores)
-    save_predictions(run_dir, predictions)
+    metrics = {"pooled": pooled, "folds": [*map(score, tables)], "config": asdict(cfg)}
+    save_json(Path(cfg.run_dir, "metrics.json"), metrics)
+    save_predictions(Path(cfg.run_dir), predictions)
+    return metrics
 
 
 # ---- other models, other clips ---------------------------------------------------------------------------
-
-
-FAIRNESS = "only clips that it was not trained on test it fairly"
 
 
 def same_classes(one: Sequence[str], other: Sequence[str]) -> bool:
@@ -1014,35 +1277,31 @@ def load_init(path: Path, cfg: Config, labels: Sequence[str]) -> Checkpoint:
         UserError: It cannot be read, or the settings of its networks are not those of the run.
     """
     checkpoint, _ = load_checkpoint(path)
-    theirs, n_networks = checkpoint.config, len(checkpoint.members)
-    names = sorted(name for name in MODEL_FIELDS if getattr(theirs, name) != getattr(cfg, name))
-    wanted = [f"--{name} {getattr(theirs, name)}" for name in names if name != "ensemble"]
-    wanted += [f"--ensemble {n_networks}"] * (cfg.ensemble > n_networks)
-    if wanted:
-        raise UserError(f"what shapes the networks must be as in {path}: pass {' '.join(wanted)}")
+    n_networks = len(checkpoint.members)
+    names = [n for n in sorted(MODEL_FIELDS) if getattr(checkpoint.config, n) != getattr(cfg, n)]
+    needed = [f"--{name} {getattr(checkpoint.config, name)}" for name in names if name != "ensemble"]
+    needed += [f"--ensemble {n_networks}"] * (cfg.ensemble > n_networks)
+    if needed:
+        raise UserError(f"what shapes the networks must be as in {path}: pass {' '.join(needed)}")
     if not same_classes(checkpoint.labels, labels):
         classes = f"{', '.join(labels)}, not as in {path} {', '.join(checkpoint.labels)}"
         note(f"note: classes {classes}: starts with a new last layer")
-    note(f"note: starts from {path}: {FAIRNESS}")
     return checkpoint
 
 
-def evaluate_folder(cfg: Config, folder: str, *, is_named: bool) -> None:
+def evaluate_folder(cfg: Config, folder: str, path: Path) -> None:
     """Score a model on a folder of labelled clips; the report goes to run_dir/evaluate_<folder>.
 
     Raises:
         UserError: There is no such model, or it knows no class of the folder.
     """
-    path = Path(cfg.checkpoint)
-    path = path if is_named or path.exists() else PRETRAINED["any"]
     checkpoint, model = load_checkpoint(path)
     note(f"model: {path}, {checkpoint.summary}")
-    home, place = Path(cfg.run_dir), Path(folder).resolve()
-    own = {name: getattr(cfg, name) for name in RUNTIME_FIELDS} | {"checkpoint": str(path)}
-    own |= {name: getattr(cfg, name) for name in ("labels_from", "extra_labels")}
-    own |= {"data_dir": folder, "run_dir": str(home / f"evaluate_{place.name}")}
+    name = re.sub(r"[^\w.-]", "_", Path(folder).resolve().name)[:80]
+    own = {name: getattr(cfg, name) for name in RUNTIME_FIELDS | {"labels_from", "extra_labels"}}
+    own |= {"data_dir": folder, "checkpoint": str(path), "run_dir": f"{cfg.run_dir}/evaluate_{name}"}
     cfg = replace(checkpoint.config, **own)
-    found = load_corpus(cfg, model.mfcc)
+    found = load_corpus(cfg, model.mfcc, min_classes=1)
     spelling = {class_of(label): label for label in checkpoint.labels}  # Suprised is Surprised
     clips = found.assign(emotion=[spelling.get(class_of(name), name) for name in found.emotion])
     clips = clips[clips.emotion.isin(checkpoint.labels)]
@@ -1052,17 +1311,13 @@ def evaluate_folder(cfg: Config, folder: str, *, is_named: bool) -> None:
         raise UserError(f"{classes}: none in common")
     if len(clips) < len(found):
         note(f"note: {len(found) - len(clips)} clips left out: {classes}")
-    about = f"{len(clips):,} of {len(found):,} clips of {folder}; {FAIRNESS}"
-    with contextlib.suppress(OSError, ValueError, LookupError):  # the run may be elsewhere, or of long ago
-        earlier = json.loads((home / "run.json").read_text())
-        if earlier["run"] == checkpoint.run and Path(earlier["data_dir"]).resolve() == place:
-            about += f", and it was trained on clips of {folder}"
-    say(about)
-    metrics = Path(cfg.run_dir, "metrics.json")  # of another folder of that name, or another model
-    if metrics.is_file():
-        date = datetime.fromtimestamp(metrics.stat().st_mtime)
-        set_aside([metrics.parent], home / date.strftime(RUN_ID))
-    report(cfg, clips.assign(part="test"), checkpoint, pd.DataFrame(), about)
+    if Path(cfg.run_dir).exists():  # of another folder of that name, or another model
+        set_aside(
+            Path(cfg.run_dir), datetime.fromtimestamp(Path(cfg.run_dir).stat().st_mtime).strftime(RUN_ID)
+        )
+    about = f"{len(clips):,} of {len(found):,} clips of {folder}"
+    say(printable(about))
+    report(cfg, checkpoint, clips.assign(part="test"), pd.DataFrame(), about)
 
 
 def read_run(folder: str) -> tuple[dict[str, Any], pd.DataFrame]:
@@ -1085,6 +1340,8 @@ def read_run(folder: str) -> tuple[dict[str, Any], pd.DataFrame]:
         if "val" in metrics and "test" not in metrics:
             note(f"note: {folder} has no test part: its validation clips are compared")
         run = json.loads(about.read_text()) if (about := Path(folder, "run.json")).is_file() else {}
+        if seen := metrics.get("test", {}).get("seen"):
+            note(f"warning: {folder}: not a score: {seen} of its test clips were seen in training")
         how = {"init": run.get("init", ""), "folds": len(metrics.get("folds", []))}
         return metrics["config"] | how, table
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
@@ -1127,49 +1384,42 @@ def compare(one: str, other: str) -> None:
 # ---- the script ------------------------------------------------------------------------------------------
 
 
-def main(cfg: Config, flags: Any) -> int:  # noqa: ANN401 - argparse.Namespace
+def main(cfg: Config, flags: Namespace) -> int:
     """Train, or score and compare what was trained."""
     if flags.compare:
         refuse_others(flags, "compare", set())
         compare(*flags.compare)
-        return 0
-    if flags.evaluate is not None:
+    elif flags.evaluate is not None:
         about_labels = {"labels_from", "extra_labels"}
         refuse_others(flags, "evaluate", (RUNTIME_FIELDS - {"data_dir", "submission"}) | about_labels)
-        is_named = flags.demo or bool({"checkpoint", "run_dir"} & vars(flags).keys())
-        evaluate_folder(cfg, flags.evaluate, is_named=is_named)
-        return 0
+        is_named = flags.demo or {"checkpoint", "run_dir"} & vars(flags).keys()
+        path = Path(cfg.checkpoint)
+        evaluate_folder(cfg, flags.evaluate, path if is_named or path.exists() else PRETRAINED["any"])
+    else:
+        check_flags(cfg, flags)
+        if flags.demo and os.environ.get("RANK", "0") == "0":
+            make_demo(Path(cfg.data_dir))
+        train(cfg, n_folds=flags.folds, resume=flags.resume, init=flags.init or "")
+    return 0
+
+
+def check_flags(cfg: Config, flags: Namespace) -> None:
+    """Refuse flags that make no sense together.
+
+    Raises:
+        UserError: Naming them.
+    """
     if flags.folds == 1 or flags.folds < 0:
         raise UserError(f"folds = {flags.folds}: must be 0 or at least 2")
     if flags.folds and hasattr(flags, "checkpoint"):
         raise UserError("--folds keeps a checkpoint of each fold in run_dir: leave out --checkpoint")
-    if flags.resume and flags.init and not init_file(cfg).is_file():
-        raise UserError(f"the run in {cfg.run_dir} did not start from a model: leave out --resume, or --init")
+    if flags.resume and flags.init:
+        raise UserError("--resume goes on with what the run started from: leave out --init")
     if Path(cfg.checkpoint).is_dir():
         raise UserError(f"checkpoint = {cfg.checkpoint!r}: is a folder, must be a file")
-    with torchrun(cfg), contextlib.ExitStack() as stack:
-        if flags.demo and rank() == 0:
-            make_demo(Path(cfg.data_dir))
-        broadcast([None])  # the others wait for the demo corpus
-        mfcc = MFCC(mfcc_constants(cfg), cfg.hop_length)
-        clips, init = load_corpus(cfg, mfcc), None
-        if rank() == 0:
-            Path(cfg.run_dir).mkdir(parents=True, exist_ok=True)
-            try:
-                stack.enter_context(FileLock(Path(cfg.run_dir, ".lock"), timeout=1))
-            except Timeout:
-                raise UserError(f"another run is writing to {cfg.run_dir}: wait, or pass --run_dir") from None
-        start = init_file(cfg) if flags.resume else Path(flags.init or "")  # a resumed run has its own
-        if start.is_file() or (flags.init and not flags.resume):
-            init = load_init(start, cfg, sorted(set(clips.emotion)))
-        if flags.folds:
-            cross_validate(cfg, mfcc, clips, flags.folds, resume=flags.resume, init=init)
-        else:
-            train(cfg, mfcc, divide(clips, cfg), resume=flags.resume, init=init)
-    return 0
 
 
-def refuse_others(flags: Any, action: str, allowed: Collection[str]) -> None:  # noqa: ANN401
+def refuse_others(flags: Namespace, action: str, allowed: Collection[str]) -> None:
     """Refuse flags that have no effect on what the script is told to do.
 
     Raises:

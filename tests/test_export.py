@@ -48,9 +48,9 @@ def test_any_number_of_windows_gives_what_pytorch_gives(
         windows = np.float32(tones + 0.01 * rng.normal(size=(n_windows, cfg.n_samples)))
         probabilities, clip, distance = session.run(None, {"windows": windows})
         with torch.inference_mode():
-            judged = model(model.mfcc(torch.from_numpy(windows)))
-            of_clip = model.calibrated(judged.mean(dim=0, keepdim=True))
-            expected = (model.calibrated(judged), of_clip[0], judged[:, -1])
+            outputs = model(model.mfcc(torch.from_numpy(windows)))
+            of_clip = outputs.of_clips(torch.zeros(n_windows, dtype=torch.long), 1)
+            expected = (model.calibrated(outputs), model.calibrated(of_clip)[0], outputs.distance)
         for found, of_torch in zip((probabilities, clip, distance), expected, strict=True):
             np.testing.assert_allclose(found, of_torch.numpy(), rtol=1e-4, atol=1e-5)
     about = session.get_modelmeta().custom_metadata_map

@@ -23,7 +23,7 @@ import torch
 import inference
 from config import Config, UserError
 from inference import Recognizer, expand_paths
-from model import PRETRAINED, load_checkpoint, save_checkpoint
+from model import PRETRAINED, Outputs, load_checkpoint, save_checkpoint
 from prepare import AudioError, make_demo
 from tests.conftest import (
     EMOTIONS,
@@ -423,24 +423,23 @@ def test_odd_array_is_refused(samples: np.ndarray, rate: int | None, reason: str
 # ---- several models --------------------------------------------------------------------------------------
 
 
-def test_probabilities_of_several_checkpoints_are_averaged(clips: Path, capsys: Capture) -> None:
-    """Each with its own temperature; other classes or features are refused."""
+def test_several_models_are_joined_to_one(clips: Path, capsys: Capture) -> None:
+    """Split in two, a model says what it said before; other classes or networks are refused."""
     stored, _ = load_checkpoint(Path("best_emotion_model.pth"))
-    save_checkpoint(Path("other.pth"), replace(stored, members=stored.members[:1], temperature=3.0))
+    for number, member in enumerate(stored.members):
+        save_checkpoint(Path(f"{number}.pth"), replace(stored, members=[member]))
     tables = []
-    for names in (["best_emotion_model.pth"], ["other.pth"], ["best_emotion_model.pth", "other.pth"]):
-        assert label(*names[1:], clips, checkpoint=names[0]) == 0
+    for names in ("best_emotion_model.pth", "0.pth,1.pth", "0.pth"):
+        assert label(clips, checkpoint=names) == 0
         tables.append(printed(capsys.readouterr().out)[[*EMOTIONS]].to_numpy())
-    np.testing.assert_allclose(tables[2], (tables[0] + tables[1]) / 2, atol=1.1e-4)
-    assert np.abs(tables[0] - tables[1]).max() > 0.01
-    save_checkpoint(Path("other.pth"), replace(stored, labels=["Sad", "Angry", "Suprised"]))
-    with pytest.raises(
-        UserError, match=r"^other.pth and best_emotion_model.pth differ in classes: they cannot"
-    ):
-        label("other.pth", clips, checkpoint="best_emotion_model.pth")
-    save_checkpoint(Path("other.pth"), replace(stored, config=replace(stored.config, duration=0.5)))
-    with pytest.raises(UserError, match=r"differ in duration: they cannot be averaged"):
-        Recognizer("best_emotion_model.pth", "other.pth")
+    np.testing.assert_allclose(tables[1], tables[0], atol=1e-4)
+    assert np.abs(tables[2] - tables[0]).max() > 0.01
+    save_checkpoint(Path("1.pth"), replace(stored, labels=["Sad", "Angry", "Suprised"]))
+    with pytest.raises(UserError, match=r"^models of other classes, of runs .*: they cannot be joined"):
+        label(clips, checkpoint="0.pth,1.pth")
+    save_checkpoint(Path("1.pth"), replace(stored, config=replace(stored.config, duration=0.5)))
+    with pytest.raises(UserError, match=r"^models of other duration, .*: they cannot be joined"):
+        Recognizer("0.pth", "1.pth")
 
 
 # ---- timeline, JSON, output, standard input --------------------------------------------------------------
@@ -448,12 +447,13 @@ def test_probabilities_of_several_checkpoints_are_averaged(clips: Path, capsys: 
 
 @pytest.mark.usefixtures("home")
 def test_timeline_has_a_row_for_every_window_and_a_picture(capsys: Capture) -> None:
-    """Rows tell when Angry turned into Sad; files of one name have pictures of their own."""
+    """Rows tell when Angry turned into Sad; files of one name have pictures of their own, if need be."""
     silence = np.zeros(RATE)
     wave = np.concatenate([tone(PITCH["Angry"], 2), silence, tone(PITCH["Sad"], 2.15)])
     soundfile.write("a.wav", wave, RATE)
     write_clip(Path("b/a.wav"), "Sad", 0.3)
-    assert label("a.wav", "b/a.wav", timeline=True, step=0.2, run_dir="pictures") == 0
+    write_clip(Path("b/a_2.wav"), "Sad", 0.3)
+    assert label("a.wav", "b/a_2.wav", "b/a.wav", timeline=True, step=0.2, run_dir="pictures") == 0
     table = pd.read_csv(io.StringIO(capsys.readouterr().out))
     assert list(table.columns) == ["filename", "start", "end", "emotion", "confidence", "distance", *EMOTIONS]
     rows = table[table.filename == "a.wav"]
@@ -463,7 +463,7 @@ def test_timeline_has_a_row_for_every_window_and_a_picture(capsys: Capture) -> N
     assert set(rows.emotion[rows.end < 1.9]) == {"Angry"}
     assert set(rows.emotion[rows.start > 3.1]) == {"Sad"}
     assert table[table.filename == "b/a.wav"][["start", "end"]].to_numpy().tolist() == [[0, 0.3]]
-    pictures = [Path("pictures", name) for name in ("timeline_a.png", "timeline_a_2.png")]
+    pictures = [Path("pictures", name) for name in ("timeline_a.png", "timeline_a_2.png", "timeline_a_3.png")]
     assert sorted(Path("pictures").iterdir()) == pictures
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
     timeline = Recognizer(device="cpu").predict("a.wav", step=0.2).timeline
@@ -508,7 +508,7 @@ def test_standard_input_is_a_file(clips: Path, home: Path) -> None:
 def test_bundled_model_labels_where_there_is_no_other(clips: Path, capsys: Capture) -> None:
     """And says so; it was trained with the default features."""
     Path("best_emotion_model.pth").unlink()
-    assert label(clips / "1.wav") == 0
+    assert label(shutil.copy(clips / "1.wav", "mine.wav")) == 0
     output = capsys.readouterr()
     assert f"model: {PRETRAINED['any']}, " in output.err
     header, row = output.out.splitlines()
@@ -517,10 +517,25 @@ def test_bundled_model_labels_where_there_is_no_other(clips: Path, capsys: Captu
 
 
 def test_test_folder_is_labelled_by_the_bundled_model_for_it(clips: Path, capsys: Capture) -> None:
-    assert clips.is_dir()
+    """Whether its rows go to the submission or elsewhere."""
     Path("best_emotion_model.pth").unlink()
     assert label() == 0
     assert f"model: {PRETRAINED['same']}, " in capsys.readouterr().err
+    assert label(clips, clips / "1.wav") == 0
+    output = capsys.readouterr()
+    assert f"model: {PRETRAINED['same']}, " in output.err
+    rows = [tuple(row.split(",")[:2]) for row in output.out.splitlines()[1:-1]]
+    assert [(Path(name).name, emotion) for name, emotion in rows] == submission()
+
+
+@pytest.mark.usefixtures("home")
+def test_model_of_the_current_folder_is_not_taken_without_a_word(capsys: Capture) -> None:
+    Recognizer(device="cpu")
+    assert capsys.readouterr().err.startswith("model: best_emotion_model.pth, 2 networks trained on ")
+    Recognizer("best_emotion_model.pth", device="cpu")
+    Path("best_emotion_model.pth").unlink()
+    Recognizer(device="cpu")
+    assert capsys.readouterr().err == ""
 
 
 def test_noise_is_far_and_gets_no_label_where_we_may_abstain(home: Path, capsys: Capture) -> None:
@@ -542,8 +557,8 @@ def test_noise_is_far_and_gets_no_label_where_we_may_abstain(home: Path, capsys:
 
 def test_confidence_falls_beyond_the_limit(trained: Trained) -> None:
     _, model = load_checkpoint(Path(trained.cfg.checkpoint))
-    judged = torch.tensor([[0.8, 0.1, 0.1, distance] for distance in (0.0, 1.0, 1.5, 3.0, 9.0)])
-    first = model.calibrated(judged)[:, 0].tolist()
+    outputs = Outputs(torch.tensor([[0.8, 0.1, 0.1]] * 5), torch.tensor([0.0, 1.0, 1.5, 3.0, 9.0]))
+    first = model.calibrated(outputs)[:, 0].tolist()
     assert first[0] == first[1] > first[2] > first[3] == first[4] > 1 / 3
 
 
@@ -569,6 +584,12 @@ def test_demo_touches_nothing_beside_its_own_folders(tmp_path: Path) -> None:
     assert "synthetic demo corpus, not real speech" in training.stderr
     assert labelling.stdout.startswith("21 rows in run_demo/submission.csv, ids as in data/demo/sample_sub")
     assert all(path.read_text() == "precious" for path in precious.values())
-    assert {path.name for path in tmp_path.iterdir()} == {*precious, "data", "run_demo"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *precious,
+        "data",
+        "run_demo",
+        "cache",
+        ".run_demo.lock",
+    }
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["demo"]
     assert len(submission(str(tmp_path / "run_demo" / "submission.csv"))) == 21

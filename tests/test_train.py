@@ -18,10 +18,12 @@ from urllib.parse import unquote
 import numpy as np
 import pandas as pd
 import pytest
+import soundfile
 import torch
 from filelock import FileLock
 from torch import Tensor, nn
 
+import model
 import train
 from config import Config, UserError
 from inference import Recognizer
@@ -95,13 +97,13 @@ def test_no_speaker_fills_an_epoch_where_any_recordings_are_to_be_labelled() -> 
 def test_average_forgets_the_random_start_and_follows_the_weights() -> None:
     """Batch statistics are averaged too."""
     decay = 0.5
-    model = nn.BatchNorm1d(2).requires_grad_(False)
-    average = make_average(model, decay)
+    norm = nn.BatchNorm1d(2).requires_grad_(False)
+    average = make_average(norm, decay)
     values = torch.tensor([3.0, -1.0, *range(40)])
     expected = values[0]
     for number, value in enumerate(values):
-        model.weight[:] = model.running_mean[:] = value  # type: ignore[index]
-        average.update_parameters(model)
+        norm.weight[:] = norm.running_mean[:] = value  # type: ignore[index]
+        average.update_parameters(norm)
         share = min(decay, (1 + number) / (10 + number)) if number else 0
         expected = share * expected + (1 - share) * value
         assert average.module.weight.tolist() == pytest.approx([float(expected)] * 2)
@@ -117,7 +119,7 @@ def test_fitted_temperature_is_the_one_that_the_labels_were_drawn_with() -> None
     assert train.fit_temperature(logits.softmax(dim=1), targets, ones) == pytest.approx(2, rel=0.05)
     # Had these been means of eight networks, one of them alone would need more.
     eight = train.fit_temperature(logits.softmax(dim=1), targets, 8 * ones)
-    assert eight * train.softening(8) == pytest.approx(2, rel=0.05)
+    assert eight * train.relative_temperature(8) == pytest.approx(2, rel=0.05)
 
 
 def test_few_validation_clips_that_are_all_right_make_no_model_certain() -> None:
@@ -149,7 +151,7 @@ def make_toy(folder: Path, *, signal: float = 0.0, n_train: int = 48, n_val: int
 
 def fit_toy(toy: Toy) -> dict[str, Any]:
     """Train; returns the state that is left."""
-    fit(*toy, member=1, resume=False, show=lambda _: None)
+    fit(*toy)
     return state(toy[0])
 
 
@@ -232,11 +234,13 @@ def test_batches_of_one_or_larger_than_the_data_are_no_problem(
 def test_run_leaves_its_files(trained: Trained) -> None:
     """And nothing beside them, in the folder that it was started from included."""
     run_dir = trained.folder / "run"
-    assert {path.name for path in trained.folder.iterdir()} == {"run", "cache", "best.pth"}
+    assert {path.name for path in trained.folder.iterdir()} == {"run", "cache", "best.pth", ".run.lock"}
     assert {path.name for path in run_dir.iterdir() if not path.name.startswith(".")} == {
         *("run.json", "history.csv", "metrics.json", "predictions.csv"),
         *("loss.png", "confusion_matrix.png", "scores.png", "mistakes.html", "network1.pth", "network2.pth"),
+        *("inputs.pth", "best_emotion_model.pth"),
     }
+    assert (run_dir / "best_emotion_model.pth").read_bytes() == (trained.folder / "best.pth").read_bytes()
     for name in ("loss.png", "confusion_matrix.png", "scores.png"):
         assert (run_dir / name).read_bytes().startswith(b"\x89PNG")
     assert "\r" not in trained.result.stdout + trained.result.stderr  # no bars where there is no terminal
@@ -259,7 +263,9 @@ def test_metrics_are_those_of_the_predictions(trained: Trained) -> None:
     assert [Path(path).parent.name for path in table.path] == table.emotion.tolist()
     assert metrics["test"]["accuracy"] == (table.emotion == table.predicted).mean() > 0.5
     assert metrics["config"] | {"submission": ""} == vars(trained.cfg) | {"submission": ""}
-    assert metrics["split"].startswith("3 classes; 24 train, 12 val, 12 test clips, split at random")
+    assert metrics["split"].startswith(
+        "3 classes (Angry, Sad, Suprised); 24 train, 12 val, 12 test clips, split at random"
+    )
     assert f"{metrics['test']['accuracy']:.1%}" in trained.result.stdout
 
 
@@ -320,24 +326,56 @@ def test_resume_of_nothing_is_refused(tiny_cfg: Config) -> None:
     assert not Path(tiny_cfg.checkpoint).exists()
 
 
-def test_earlier_run_is_set_aside_under_its_date(copied: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    """All of it, the model included, and the message says so."""
+def test_earlier_run_is_renamed_after_its_date(copied: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """In one step, with all that is in it, and the message says so."""
     run_dir = Path(copied.run_dir)
-    before = contents(copied.run_dir) | {"best.pth": Path(copied.checkpoint).read_bytes()}
+    (run_dir / "network_notes.txt").write_text("mine")
+    before = contents(copied.run_dir)
     date = json.loads(before["run.json"])["run"]
-    assert re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}", date)
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d-\d{6}-\d{6}", date)
     assert script(replace(copied, ensemble=1, epochs=1)) == 0
-    assert contents(str(run_dir / date)) == before
+    assert contents(f"{run_dir}_{date}") == before
     assert not (run_dir / "network2.pth").exists()
     assert len(pd.read_csv(run_dir / "history.csv")) == 1
     assert len(load_checkpoint(Path(copied.checkpoint))[0].members) == 1
-    assert f"best.pth of an earlier run set aside in {run_dir / date}" in capsys.readouterr().err
+    assert f"run is of an earlier run: it is run_{date} now" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "actions", "reason"),
+    [
+        ({"device": "cuda:7"}, {}, "device = 'cuda:7': not on this machine"),
+        ({"split": "speaker", "val_fraction": 0.01, "test_fraction": 0.89}, {}, "for validation"),
+        ({}, {"folds": 100}, "folds = 100: must be at most 48"),
+        ({}, {"init": "none.pth"}, "no checkpoint none.pth"),
+        ({"run_dir": "."}, {}, "run_dir = '.': holds the current folder"),
+    ],
+)
+def test_run_that_cannot_begin_touches_nothing(
+    changes: dict[str, Any],
+    actions: dict[str, Any],
+    reason: str,
+    copied: Config,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Neither a finished run, nor the folder beside it."""
+    folder = Path(copied.run_dir).parent
+    monkeypatch.chdir(folder)
+    before = contents(copied.run_dir)
+    with pytest.raises(UserError, match=re.escape(reason)) as refusal:
+        script(replace(copied, **changes), **actions)
+    assert refusal.value.code == 2
+    assert contents(copied.run_dir) == before
+    assert {path.name for path in folder.iterdir()} == {"run", "best.pth"}
 
 
 def test_second_run_in_one_folder_is_refused(copied: Config) -> None:
     before = contents(copied.run_dir)
     message = f"another run is writing to {copied.run_dir}"
-    with FileLock(Path(copied.run_dir, ".lock")), pytest.raises(UserError, match=message) as refusal:
+    with (
+        FileLock(f"{Path(copied.run_dir).parent}/.run.lock"),
+        pytest.raises(UserError, match=message) as refusal,
+    ):
         script(copied)
     assert refusal.value.code == 2
     assert contents(copied.run_dir) == before
@@ -366,14 +404,14 @@ def test_run_that_diverges_later_keeps_what_was_good(tiny_cfg: Config) -> None:
 
 
 def test_unfinished_run_leaves_the_model_of_a_finished_one(copied: Config) -> None:
-    """It keeps what it has beside it."""
+    """It keeps what it has in its own folder."""
     before = Path(copied.checkpoint).read_bytes()
     growing = {"learning_rate": 1e-3, "weight_decay": 1e5, "epochs": 100, "patience": 100}
     growing |= {"ensemble": 1, "min_steps": 1}
     with pytest.raises(UserError, match="lower learning_rate"):
         script(replace(copied, **growing))
     assert Path(copied.checkpoint).read_bytes() == before
-    assert load_checkpoint(Path(copied.run_dir, "unfinished.pth"))[0].config.weight_decay == 1e5
+    assert load_checkpoint(Path(copied.run_dir, Config.checkpoint))[0].config.weight_decay == 1e5
 
 
 def interrupt(cfg: Config, signum: signal.Signals) -> int:
@@ -395,7 +433,7 @@ def interrupt(cfg: Config, signum: signal.Signals) -> int:
             process.send_signal(signum)
         _, errors = process.communicate(timeout=60)
     assert errors.splitlines() == [
-        f"the networks so far are kept in {cfg.checkpoint}",
+        f"the networks so far are kept in {Path(cfg.run_dir, Config.checkpoint)}",
         "stopped: the same command with --resume goes on after the last finished epoch",
         "interrupted",
     ]
@@ -446,11 +484,12 @@ def test_training_goes_on_when_nobody_reads_its_output(tiny_cfg: Config, tmp_pat
     assert (tmp_path / "run" / "metrics.json").exists()
 
 
-def test_two_processes_train_one_network(tiny_cfg: Config, tmp_path: Path) -> None:
-    """The first alone prints and writes: a line and a row per epoch."""
+def test_two_processes_of_torchrun_share_the_networks(trained: Trained, tmp_path: Path) -> None:
+    """They become what one process makes of them; the first alone prints and reports."""
+    cfg = replace(trained.cfg, run_dir=str(tmp_path / "run"), checkpoint=str(tmp_path / "best.pth"))
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
     result = subprocess.run(
-        [sys.executable, *command, *flags(tiny_cfg)],
+        [sys.executable, *command, *flags(cfg)],
         cwd=tmp_path,
         check=False,
         capture_output=True,
@@ -458,10 +497,22 @@ def test_two_processes_train_one_network(tiny_cfg: Config, tmp_path: Path) -> No
         timeout=120,
     )
     assert result.returncode == 0, result.stderr
-    assert len(re.findall(r"^network 1  epoch", result.stdout, re.MULTILINE)) == 2
-    assert len(pd.read_csv(tmp_path / "run" / "history.csv")) == 2
-    assert result.stdout.count("best.pth: 1 network trained on") == 1
-    assert load_checkpoint(tmp_path / "best.pth")[0].epochs[0] in {1, 2}
+    assert len(re.findall(r"^network 1  epoch", result.stdout, re.MULTILINE)) == 6
+    assert len(pd.read_csv(tmp_path / "run" / "history.csv")) == 12
+    assert result.stdout.count("best.pth: 2 networks trained on") == 1
+    assert all(same(state(cfg, member), state(trained.cfg, member)) for member in (1, 2))
+
+
+def test_bug_in_a_training_process_comes_with_its_traceback(trained: Trained, tmp_path: Path) -> None:
+    """So that whoever edits model.py sees where; nothing is left running."""
+    for name in ("config", "prepare", "model", "train"):
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    text = (tmp_path / "model.py").read_text()
+    (tmp_path / "model.py").write_text(text.replace("x = self.conv(x)", "x = self.conv(x[:, :3])"))
+    cfg = replace(trained.cfg, run_dir=str(tmp_path / "run"), checkpoint=str(tmp_path / "best.pth"))
+    result = run_script(str(tmp_path / "train.py"), *flags(cfg), cwd=tmp_path)
+    assert result.returncode == 1
+    assert "x = self.conv(x[:, :3])" in result.stderr
 
 
 def test_run_folder_that_cannot_be_made_is_named_before_any_work(tiny_cfg: Config, tmp_path: Path) -> None:
@@ -469,7 +520,7 @@ def test_run_folder_that_cannot_be_made_is_named_before_any_work(tiny_cfg: Confi
     cfg = replace(tiny_cfg, run_dir=str(tmp_path / "place" / "run"))
     result = run_script("train.py", *flags(cfg), cwd=tmp_path)
     assert (result.returncode, result.stdout) == (1, "")
-    assert re.fullmatch(rf"error: {cfg.run_dir}: Not a directory\n", result.stderr)
+    assert re.fullmatch(rf"error: {tmp_path}/place: File exists\n", result.stderr)
 
 
 # ---- split by speaker and folds --------------------------------------------------------------------------
@@ -480,18 +531,18 @@ def test_run_by_speaker_is_tested_on_speakers_never_heard(tiny_cfg: Config) -> N
     metrics = json.loads(Path(tiny_cfg.run_dir, "metrics.json").read_text())
     assert pd.read_csv(Path(tiny_cfg.run_dir, "predictions.csv")).speaker.nunique() == 1
     how = "split by speaker, 0 of the 2 speakers in val and test also in train"
-    assert metrics["split"] == f"3 classes; 24 train, 12 val, 12 test clips, {how}"
+    assert metrics["split"] == (f"3 classes (Angry, Sad, Suprised); 24 train, 12 val, 12 test clips, {how}")
 
 
 def test_folds_score_every_clip_by_networks_that_never_saw_it(
     copied: Config, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each fold is a run of its own; their predictions are pooled and scored together."""
-    run_dir, model = Path(copied.run_dir), Path(copied.checkpoint).read_bytes()
+    run_dir, before_model = Path(copied.run_dir), Path(copied.checkpoint).read_bytes()
     before = contents(copied.run_dir)
     cfg = replace(copied, epochs=1, ensemble=1, checkpoint=Config().checkpoint)
     assert script(cfg, folds=3) == 0
-    assert contents(str(run_dir / json.loads(before["run.json"])["run"])) == before
+    assert contents(f"{run_dir}_{json.loads(before['run.json'])['run']}") == before
     table = pd.read_csv(run_dir / "predictions.csv")
     everything = [str(path) for emotion in EMOTIONS for path in (corpus / emotion).iterdir()]
     assert sorted(table.path) == sorted(everything)
@@ -502,7 +553,7 @@ def test_folds_score_every_clip_by_networks_that_never_saw_it(
         tested = pd.read_csv(run_dir / f"fold{fold}" / "predictions.csv")
         assert len(tested) == 16
         assert sum(checkpoint.n_clips.values()) + len(tested) <= 48
-    assert Path(copied.checkpoint).read_bytes() == model
+    assert Path(copied.checkpoint).read_bytes() == before_model
     assert "all 48 clips, each by the networks that never saw it" in capsys.readouterr().out
     (run_dir / "metrics.json").unlink()
     shutil.rmtree(run_dir / "fold3")  # as if it had been stopped there
@@ -584,12 +635,12 @@ def test_evaluate_scores_a_model_on_any_labelled_folder(
     assert script(copied, evaluate=str(folder)) == 0
     out, err = capsys.readouterr()
     assert f"4 clips left out: classes of {folder}: Angry, Bored, Sad; classes of" in err
-    assert "only clips that it was not trained on test it fairly" in out
+    assert "not a score: 8 of 8 clips were seen in training" in out  # copies of clips of the corpus
     assert contents(copied.run_dir) == before
     report = Path(copied.run_dir, "evaluate_mine")
     assert {path.name for path in report.iterdir()} >= {"confusion_matrix.png", "scores.png", "mistakes.html"}
     metrics = json.loads((report / "metrics.json").read_text())
-    assert metrics["test"]["clips"] == 8
+    assert metrics["test"]["clips"] == metrics["test"]["seen"] == 8
     assert metrics["test"]["accuracy"] > 0.7
     assert metrics["config"]["n_mfcc"] == copied.n_mfcc
     # The same without a model of one's own: the bundled one.
@@ -601,10 +652,16 @@ def test_evaluate_scores_a_model_on_any_labelled_folder(
     ).read_text()
     # A second report of that name sets the first aside.
     assert script(copied, evaluate=str(folder)) == 0
-    assert "evaluate_mine of an earlier run set aside in" in capsys.readouterr().err
-    assert len(list(Path(copied.run_dir).glob("*/evaluate_mine/metrics.json"))) == 1
-    assert script(copied, evaluate=copied.data_dir) == 0
-    assert f"it was trained on clips of {copied.data_dir}" in capsys.readouterr().out
+    assert "evaluate_mine is of an earlier run: it is evaluate_mine_" in capsys.readouterr().err
+    assert len(list(Path(copied.run_dir).glob("evaluate_mine_*/metrics.json"))) == 1
+    # One class is enough, and what the model did not see is a score.
+    shutil.rmtree(folder)
+    (folder / "Sad").mkdir(parents=True)
+    noise = 0.01 * np.random.default_rng(9).normal(size=RATE // 2)
+    soundfile.write(folder / "Sad" / "new.wav", tone(PITCH["Sad"]) + noise, RATE)
+    capsys.readouterr()
+    assert script(copied, evaluate=str(folder)) == 0
+    assert "not a score" not in capsys.readouterr().out
 
 
 def test_model_for_any_recordings_hears_no_level(tmp_path: Path, corpus: Path) -> None:
@@ -633,7 +690,7 @@ def test_model_for_any_recordings_hears_no_level(tmp_path: Path, corpus: Path) -
         ({"evaluate": "other", "checkpoint": "none.pth"}, "no checkpoint none.pth"),
         ({"compare": ["run", "other"]}, "other holds no finished run"),
         ({"init": "best.pth", "n_mfcc": 10, "ensemble": 3}, "pass --n_mfcc 8 --ensemble 2"),
-        ({"init": "best.pth", "resume": True}, "did not start from a model"),
+        ({"init": "best.pth", "resume": True}, "--resume goes on with what the run started from"),
     ],
 )
 def test_what_cannot_be_done_is_refused_in_one_line(
@@ -665,7 +722,7 @@ def test_init_starts_where_the_model_was(copied: Config, tmp_path: Path) -> None
     for end, weights in zip(straight, theirs, strict=True):
         assert torch.equal(end["model"]["mean"], weights["mean"])
     Path(cfg.run_dir, "network2.pth").unlink()  # as if it had been stopped there
-    assert script(cfg, init=cfg.checkpoint, resume=True) == 0
+    assert script(cfg, resume=True) == 0
     assert all(same(state(cfg, member), straight[member - 1]) for member in (1, 2))
     # A later run without --init does not find what the earlier one started from.
     assert script(cfg) == 0
@@ -673,24 +730,50 @@ def test_init_starts_where_the_model_was(copied: Config, tmp_path: Path) -> None
 
 
 def test_init_with_other_classes_has_a_new_last_layer(copied: Config) -> None:
-    path, labels = Path(copied.checkpoint), ["Bored", "Calm", "Sad"]
-    _, ensemble = load_checkpoint(path)
-    model = train.EmotionCNNGRU(copied, 3)
-    fresh = {name: value.clone() for name, value in model.state_dict().items()}
-    train.start_from(path, model, 1, labels)
-    for name, value in model.state_dict().items():
+    labels = ["Bored", "Calm", "Sad"]
+    checkpoint, ensemble = load_checkpoint(Path(copied.checkpoint))
+    network = train.EmotionCNNGRU(copied, 3)
+    fresh = {name: value.clone() for name, value in network.state_dict().items()}
+    train.start_from(checkpoint, network, 1, labels)
+    for name, value in network.state_dict().items():
         source = fresh if name.startswith("head.5.") else ensemble.members[0].state_dict()
         assert torch.equal(value, source[name]), name
 
 
-def test_resume_of_a_finished_run_points_to_init(copied: Config, capsys: pytest.CaptureFixture[str]) -> None:
-    before, stale = (
-        (Path(copied.run_dir) / "predictions.csv").read_text(),
-        Path(copied.run_dir, "unfinished.pth"),
+def test_score_on_clips_that_init_knew_is_none(copied: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another seed divides the clips otherwise: what tests it, the first model was trained on."""
+    folder = Path(copied.run_dir).parent
+    cfg = replace(copied, seed=1, epochs=1, run_dir=str(folder / "more"), checkpoint=str(folder / "more.pth"))
+    assert script(cfg, init=copied.checkpoint) == 0
+    seen = json.loads((folder / "more" / "metrics.json").read_text())["test"]["seen"]
+    assert 0 < seen <= 12
+    assert f"not a score: {seen} of 12 clips were seen in training" in capsys.readouterr().out
+    train.compare(copied.run_dir, cfg.run_dir)
+    assert f"{cfg.run_dir}: not a score: {seen} of its test clips" in capsys.readouterr().err
+
+
+def test_weights_of_an_edited_network_are_named(copied: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first edit that everybody makes is a layer more."""
+
+    class Edited(model.EmotionCNNGRU):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.extra = nn.Linear(3, 3)
+
+    monkeypatch.setattr(model, "EmotionCNNGRU", Edited)
+    monkeypatch.setattr(train, "EmotionCNNGRU", Edited)
+    fits_not = (
+        r"weights do not fit the network in model\.py: extra\.weight, extra\.bias missing: undo the edit"
     )
-    stale.touch()
+    with pytest.raises(UserError, match=fits_not):
+        Recognizer(copied.checkpoint)
+    with pytest.raises(UserError, match=fits_not):
+        script(replace(copied, ensemble=1, epochs=9), resume=True)
+
+
+def test_resume_of_a_finished_run_points_to_init(copied: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (Path(copied.run_dir) / "predictions.csv").read_text()
     assert script(copied, resume=True) == 0
-    assert not stale.exists()
     assert f"a new run with --init {copied.checkpoint}" in capsys.readouterr().err
     assert (Path(copied.run_dir) / "predictions.csv").read_text() == before
 
