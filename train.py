@@ -45,6 +45,7 @@ import json
 import math
 import multiprocessing
 import os
+import pickle
 import platform
 import re
 import time
@@ -401,35 +402,63 @@ def make_schedules(
 
 
 class Job(NamedTuple):
-    """A network to train, of an ensemble that is tested on one fold (0: there are no folds)."""
+    """A network to train: of the ensemble that is tested on a fold (0: there are no folds)."""
 
     fold: int
     member: int
 
 
-def make_jobs(cfg: Config, n_folds: int) -> list[Job]:
-    """The networks of a run; under torchrun those of this process, every so many-th."""
+class Inputs(NamedTuple):
+    """What the processes of a run read from a file that the first of them has just written."""
+
+    clips: pd.DataFrame  # as load_corpus gives them
+    parts: dict[Job, list[str]]  # of the clips, as split gives them, for each network
+    mfcc: MFCC
+    init: Checkpoint | None  # the model to start from
+    precision: Precision  # not auto
+
+    def clips_of(self, job: Job) -> pd.DataFrame:
+        """The clips with the column part: which a network trains, validates and is tested on."""
+        return self.clips.assign(part=self.parts[job])
+
+    @property
+    def folds(self) -> list[int]:
+        """The numbers of the folds; [0] where there are none."""
+        return sorted({job.fold for job in self.parts})
+
+
+def divide(clips: pd.DataFrame, cfg: Config, n_folds: int) -> dict[Job, list[str]]:
+    """The part of each clip for each network of a run.
+
+    Raises:
+        UserError: Parts would be too small, or a speaker is not known.
+    """
     jobs = itertools.product(range(1, n_folds + 1) or [0], range(1, cfg.ensemble + 1))
-    return [Job(*job) for job in jobs][rank() :: world_size()]
+    return {
+        Job(fold, member): split(clips, cfg, member=member, fold=fold - 1, n_folds=n_folds).tolist()
+        for fold, member in jobs
+    }
 
 
 def fold_config(cfg: Config, fold: int) -> Config:
-    """The settings with the folder and the checkpoint of a fold."""
-    run_dir = Path(cfg.run_dir, f"fold{fold}" if fold else "")
-    return replace(cfg, run_dir=str(run_dir), checkpoint=str(run_dir / Config.checkpoint))
+    """The settings with the folder of a fold, and the model in it; where there are no folds, as they are."""
+    if not fold:
+        return cfg
+    run_dir = Path(cfg.run_dir, f"fold{fold}")
+    return replace(cfg, run_dir=str(run_dir), checkpoint=str(run_dir / MODEL))
 
 
-def divide(clips: pd.DataFrame, cfg: Config, job: Job, n_folds: int) -> pd.DataFrame:
-    """The clips with the column part: which a network trains, validates and is tested on."""
-    part = split(clips, cfg, member=job.member, fold=max(0, job.fold - 1), n_folds=n_folds)
-    return clips.assign(part=part)
+def read_inputs(cfg: Config) -> Inputs:
+    """What start_run has written."""
+    inputs: Inputs = pickle.loads(Path(cfg.run_dir, INPUTS).read_bytes())
+    return inputs
 
 
-def run_job(cfg: Config, job: Job, inputs: "Inputs", *, resume: bool, on_epoch: OnEpoch) -> None:
+def run_job(cfg: Config, job: Job, inputs: Inputs, *, resume: bool, on_epoch: OnEpoch) -> None:
     """Train the network of a job."""
-    clips = divide(inputs.clips, cfg, job, inputs.n_folds)
     own = replace(fold_config(cfg, job.fold), precision=inputs.precision)
-    fit(own, clips, inputs.mfcc, member=job.member, init=inputs.init, resume=resume, on_epoch=on_epoch)
+    clips, member = inputs.clips_of(job), job.member
+    fit(own, clips, inputs.mfcc, member=member, init=inputs.init, resume=resume, on_epoch=on_epoch)
 
 
 def own_devices(cfg: Config) -> list[str]:
@@ -461,16 +490,17 @@ def run_jobs(cfg: Config, jobs: Sequence[Job], *, resume: bool, on_epoch: OnEpoc
     devices = devices[: len(jobs)]
     if len(devices) < 2:
         for job in jobs:
-            run_job(cfg, job, load_inputs(cfg), resume=resume, on_epoch=on_epoch)
+            own = replace(cfg, device=devices[0])
+            run_job(own, job, read_inputs(cfg), resume=resume, on_epoch=on_epoch)
         return
     context = multiprocessing.get_context("spawn")
     try:
         with hold_interrupts():
             n_taken, rows = context.Value("i", 0), context.SimpleQueue()
-            own = [replace(cfg, device=device) for device in devices]
-            work = partial(_work, own, jobs, n_threads=n_threads, resume=resume)
+            configs = [replace(cfg, device=device) for device in devices]
+            work = partial(_work, configs, jobs, n_threads=n_threads, resume=resume)
             children: ProcessContext = start_processes(  # type: ignore[no-untyped-call] # torch's
-                work, (n_taken, rows), len(own), join=False, start_method="spawn"
+                work, (n_taken, rows), len(configs), join=False, start_method="spawn"
             )
         all_ended = False
         while not all_ended:
@@ -507,7 +537,7 @@ def _work(
                 next_job, n_taken.value = n_taken.value, n_taken.value + 1
             if next_job >= len(jobs):
                 return
-            run_job(cfg, jobs[next_job], load_inputs(cfg), resume=resume, on_epoch=rows.put)
+            run_job(cfg, jobs[next_job], read_inputs(cfg), resume=resume, on_epoch=rows.put)
     except (UserError, OSError, MemoryError) as error:  # the parent's run() words them
         rows.put(error)
 
@@ -575,38 +605,12 @@ def wait_for_others() -> None:
 
 # ---- the run folder --------------------------------------------------------------------------------------
 #
-# A run is a folder: inputs.pth, what its processes read; network<n>.pth, what --resume goes on from; its
-# model; its report. With folds, each has a folder of its own in it for all but the inputs.
+# A run is a folder: run.json, what it is; network<n>.pth, what --resume goes on from; init.pth, the model it
+# started from, if any; its model; its report. With folds, each has a folder in it for its networks, model and
+# report. While it trains, inputs.pickle is there for its processes.
 
-
-class Inputs(NamedTuple):
-    """What the processes of a run read."""
-
-    clips: pd.DataFrame  # as load_corpus gives them
-    mfcc: MFCC
-    init: Checkpoint | None  # the model to start from
-    precision: Precision  # not auto
-    n_folds: int  # 0: none
-
-
-def save_inputs(cfg: Config, inputs: Inputs) -> None:
-    """Write inputs.pth into the run folder."""
-    content: dict[str, Any] = inputs._asdict() | {"clips": inputs.clips.to_dict("list")}
-    content |= {"mfcc": inputs.mfcc.state_dict(), "init": inputs.init and asdict(inputs.init)}
-    save_tensors(Path(cfg.run_dir, "inputs.pth"), content)
-
-
-def load_inputs(cfg: Config) -> Inputs:
-    """Read inputs.pth.
-
-    Raises:
-        UserError: It is missing or damaged.
-    """
-    content = load_tensors(Path(cfg.run_dir, "inputs.pth"))
-    content["clips"] = pd.DataFrame(content["clips"])
-    content["mfcc"] = MFCC(content["mfcc"], cfg.hop_length)
-    content["init"] = content["init"] and Checkpoint.from_dict(content["init"])
-    return Inputs(**content)
+RUN_ID = "%Y-%m-%d-%H%M%S-%f"  # when it began
+INPUTS, INIT, MODEL = "inputs.pickle", "init.pth", "best_emotion_model.pth"
 
 
 def read_about(cfg: Config) -> dict[str, Any]:
@@ -630,13 +634,9 @@ def check_run_dir(cfg: Config) -> None:
         UserError: It holds the data, the cache, or the current folder.
     """
     run_dir = Path(cfg.run_dir).resolve()
-    for name, path in {
-        "the current folder": ".",
-        "data_dir": cfg.data_dir,
-        "cache_dir": cfg.cache_dir,
-    }.items():
+    for path in (".", cfg.data_dir, cfg.cache_dir):
         if Path(path).resolve().is_relative_to(run_dir):
-            raise UserError(f"run_dir = {cfg.run_dir!r}: holds {name}: a run needs a folder of its own")
+            raise UserError(f"run_dir = {cfg.run_dir!r}: holds {path!r}: a run needs a folder of its own")
 
 
 def check_resume(cfg: Config, about: dict[str, Any], mine: dict[str, Any]) -> None:
@@ -681,37 +681,33 @@ def run_lock(cfg: Config) -> Iterator[None]:
         raise UserError(f"another run is writing to {cfg.run_dir}: wait, or pass --run_dir") from None
 
 
-def start_run(cfg: Config, inputs: Inputs, *, resume: bool) -> Inputs:
-    """Set an earlier run aside and begin a new one, or check that it can be resumed; write its inputs.
-
-    Until all that can be refused has been, nothing is touched.
+def start_run(cfg: Config, inputs: Inputs, *, resume: bool) -> None:
+    """Set an earlier run aside and begin a new one, or check that it can be resumed.
 
     Raises:
         UserError: The run cannot be resumed.
     """
-    about = read_about(cfg)
-    mine = {"folds": inputs.n_folds, "data": digest(cfg, inputs), **asdict(cfg)}
+    about, kept_init = read_about(cfg), Path(cfg.run_dir, INIT)
+    mine = {"folds": max(inputs.folds), "data": digest(inputs), **asdict(cfg)}
     if resume:
         check_resume(cfg, about, mine)
-        inputs = inputs._replace(precision=about["trained_in"], init=load_inputs(cfg).init)
+        init = load_checkpoint(kept_init)[0] if about["init"] else None
+        inputs = inputs._replace(precision=about["trained_in"], init=init)
     else:
         inputs = inputs._replace(precision=faster_precision(cfg, inputs.clips.emotion.nunique()))
         if about:
             set_aside(Path(cfg.run_dir), about["run"])
-        own = {"run": datetime.now().strftime(RUN_ID), "init": inputs.init.run if inputs.init else ""}
-        save_json(Path(cfg.run_dir, "run.json"), own | {"trained_in": inputs.precision} | mine)
-    save_inputs(cfg, inputs)
-    return inputs
+        if inputs.init:  # its own copy, to be resumed from when the file is gone or replaced
+            save_checkpoint(kept_init, inputs.init)
+        new = {"run": datetime.now().strftime(RUN_ID), "init": inputs.init.run if inputs.init else ""}
+        save_json(Path(cfg.run_dir, "run.json"), new | {"trained_in": inputs.precision} | mine)
+    save_file(Path(cfg.run_dir, INPUTS), pickle.dumps(inputs))
 
 
-def digest(cfg: Config, inputs: Inputs) -> str:
+def digest(inputs: Inputs) -> str:
     """A hash of the clips and their split."""
-    tables = [divide(inputs.clips, cfg, Job(fold, 1), inputs.n_folds) for fold in folds_of(inputs)]
-    text = "".join(table[["audio_hash", "emotion", "part"]].to_csv(index=False) for table in tables)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-RUN_ID = "%Y-%m-%d-%H%M%S-%f"  # when it began
+    table = inputs.clips[["audio_hash", "emotion"]].to_csv(index=False)
+    return hashlib.sha256(f"{table} {[*inputs.parts.values()]}".encode()).hexdigest()
 
 
 # ---- training, from clips to report ----------------------------------------------------------------------
@@ -748,14 +744,12 @@ def train(
             mfcc = MFCC(mfcc_constants(cfg), cfg.hop_length)
             clips = load_corpus(cfg, mfcc)
             start = load_init(Path(init), cfg, sorted(set(clips.emotion))) if init else None
-            inputs = Inputs(clips, mfcc, start, cfg.precision, n_folds)
-            for job in make_jobs(cfg, n_folds):
-                divide(clips, cfg, job, n_folds)  # an impossible split is refused here
+            inputs = Inputs(clips, divide(clips, cfg, n_folds), mfcc, start, cfg.precision)
             stack.enter_context(run_lock(cfg))
             start_run(cfg, inputs, resume=resume)
         wait_for_others()
-        inputs = load_inputs(cfg)
-        say(describe_split(divide(inputs.clips, cfg, Job(folds_of(inputs)[0], 1), n_folds), cfg))
+        inputs = read_inputs(cfg)
+        say(describe_split(inputs.clips_of(min(inputs.parts)), cfg))
         try:
             train_networks(cfg, inputs, resume=resume, on_epoch=on_epoch)
         except (KeyboardInterrupt, UserError) as error:
@@ -765,12 +759,15 @@ def train(
                 note("stopped: the same command with --resume goes on after the last finished epoch")
             raise
         wait_for_others()
-        return finish(cfg, inputs) if rank() == 0 else {}
+        if rank() > 0:
+            return {}
+        Path(cfg.run_dir, INPUTS).unlink()
+        return finish(cfg, inputs)
 
 
 def train_networks(cfg: Config, inputs: Inputs, *, resume: bool, on_epoch: OnEpoch) -> None:
     """Train the networks of this process, and show how far they are."""
-    jobs = make_jobs(cfg, inputs.n_folds)
+    jobs = list(inputs.parts)[rank() :: world_size()]
     with tqdm(total=len(jobs) * cfg.epochs, unit="epoch", disable=True if rank() else None) as bar:
 
         def show(row: Row) -> None:
@@ -780,11 +777,6 @@ def train_networks(cfg: Config, inputs: Inputs, *, resume: bool, on_epoch: OnEpo
         run_jobs(cfg, jobs, resume=resume, on_epoch=show)
     if jobs and not bar.n:
         note(f"note: nothing was left to train: for more, start a new run with --init {cfg.checkpoint}")
-
-
-def folds_of(inputs: Inputs) -> list[int]:
-    """The numbers of the folds, from 1; [0] where there are none."""
-    return list(range(1, inputs.n_folds + 1)) or [0]
 
 
 def describe_split(clips: pd.DataFrame, cfg: Config) -> str:
@@ -813,31 +805,32 @@ def show_epoch(row: Row, cfg: Config, bar: "tqdm[Any]") -> None:
 
 def finish(cfg: Config, inputs: Inputs) -> dict[str, Any]:
     """Make the model, or that of each fold, and report how good it is; returns what metrics.json holds."""
-    if not inputs.n_folds:
-        metrics, _ = report(cfg, *make_model(cfg, inputs, fold=0))
-        copy_model(cfg)
-        return metrics
-    reports = []
-    for fold in folds_of(inputs):
-        say(f"\nfold {fold} of {inputs.n_folds}")
-        reports.append(report(fold_config(cfg, fold), *make_model(cfg, inputs, fold=fold)))
-    return report_folds(cfg, [predictions for _, predictions in reports])
+    tables: list[pd.DataFrame] = []
+    for fold in inputs.folds:
+        if fold:
+            say(f"\nfold {fold} of {len(inputs.folds)}")
+        metrics, predictions = report(fold_config(cfg, fold), *make_model(cfg, inputs, fold=fold))
+        tables.append(predictions)
+    if inputs.folds != [0]:
+        return report_folds(cfg, tables)
+    copy_model(cfg)
+    return metrics
 
 
 def copy_model(cfg: Config) -> None:
     """Put the model of a run where inference.py looks for it."""
-    made = Path(fold_config(cfg, 0).checkpoint)
+    made = Path(cfg.run_dir, MODEL)
     if made.resolve() != Path(cfg.checkpoint).resolve():
         save_file(Path(cfg.checkpoint), made.read_bytes())
 
 
 def keep_networks(cfg: Config, inputs: Inputs) -> None:
     """Make models of the networks so far, since the run ends early; none replaces that of a finished run."""
-    for fold in folds_of(inputs):
+    for fold in inputs.folds:
         with contextlib.suppress(UserError):  # of a state that is damaged, or not there yet
             make_model(cfg, inputs, fold=fold)
-            note(f"the networks so far are kept in {fold_config(cfg, fold).checkpoint}")
-            if not (inputs.n_folds or Path(cfg.checkpoint).exists()):
+            note(f"the networks so far are kept in {Path(fold_config(cfg, fold).run_dir, MODEL)}")
+            if not (fold or Path(cfg.checkpoint).exists()):
                 copy_model(cfg)
 
 
@@ -860,11 +853,11 @@ def load_networks(cfg: Config, inputs: Inputs, fold: int) -> list[Network]:
     Raises:
         UserError: There are none, or a file is damaged.
     """
-    folder, networks = Path(fold_config(cfg, fold).run_dir), list[Network]()
-    for member in range(1, cfg.ensemble + 1):
-        if (path := folder / f"network{member}.pth").is_file():
-            clips = divide(inputs.clips, cfg, Job(fold, member), inputs.n_folds)
-            networks.append(Network(clips, load_tensors(path)))
+    folder = Path(fold_config(cfg, fold).run_dir)
+    paths = {job: folder / f"network{job.member}.pth" for job in inputs.parts if job.fold == fold}
+    networks = [
+        Network(inputs.clips_of(job), load_tensors(path)) for job, path in paths.items() if path.is_file()
+    ]
     if not networks:
         raise UserError(f"no network in {folder} has come to the end of an epoch", code=1)
     return networks
@@ -901,7 +894,7 @@ def make_model(cfg: Config, inputs: Inputs, *, fold: int) -> tuple[Checkpoint, p
         run=read_about(cfg)["run"],
     )
     own = fold_config(cfg, fold)
-    save_checkpoint(Path(own.checkpoint), checkpoint)
+    save_checkpoint(Path(own.run_dir, MODEL), checkpoint)
     history = pd.DataFrame([row for network in networks for row in network.state["history"]])
     save_table(Path(own.run_dir, "history.csv"), history)
     save_figure(Path(own.run_dir, "loss.png"), lambda: plot_history(history, checkpoint.epochs))

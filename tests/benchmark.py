@@ -38,7 +38,6 @@ from model import (
     Distance,
     EmotionCNNGRU,
     EmotionEnsemble,
-    resolve_dtype,
     save_checkpoint,
     split,
 )
@@ -157,7 +156,7 @@ def training_row(clips: pd.DataFrame, mfcc: MFCC, cfg: Config, *, scratch: Path,
     train_clips, labels = few[few.part == "train"], sorted(set(few.emotion))
     ready = list(make_loader(train_clips.assign(n_windows=1), labels, FeatureCache(cfg, mfcc), cfg))
     model, criterion = EmotionCNNGRU(cfg, len(labels)), nn.CrossEntropyLoss()
-    dtype = resolve_dtype(cfg.precision, torch.device("cpu"))
+    dtype = getattr(torch, cfg.precision)
     ours, bare = [], []
 
     def forward_and_backward(row: dict[str, float]) -> None:
@@ -170,8 +169,8 @@ def training_row(clips: pd.DataFrame, mfcc: MFCC, cfg: Config, *, scratch: Path,
             criterion(logits, targets).backward()
         bare.append(time.perf_counter() - started)
 
-    fit(cfg, few, mfcc, member=1, resume=False, show=forward_and_backward)
-    what = f"epoch of {len(train_clips)} clips, and validation ({str(dtype).removeprefix('torch.')})"
+    fit(cfg, few, mfcc, on_epoch=forward_and_backward)
+    what = f"epoch of {len(train_clips)} clips, and validation ({cfg.precision})"
     return Row(what, float(np.median(ours[1:])), "bare forward and backward", float(np.median(bare[1:])))
 
 
@@ -179,11 +178,12 @@ def label_row(
     paths: Sequence[str], checkpoint: Path, model: EmotionEnsemble, cfg: Config, *, repeats: int
 ) -> Row:
     """A folder to labels; ours takes in all of a clip, the loop its first 3 seconds."""
-    two = Recognizer(checkpoint, device="cpu", num_workers=2)
+    two, n_networks = Recognizer(checkpoint, device="cpu", num_workers=2), len(model.members)
     ours, loop = race(
         lambda: list(two.predict_files(paths)), lambda: plain_loop(paths, model, cfg), repeats=repeats
     )
-    return Row(f"{len(paths)} files to labels, two processes", ours, "loop of librosa, batches of one", loop)
+    what = f"{len(paths)} files to labels, networks: {n_networks}, processes: 2"
+    return Row(what, ours, "loop of librosa, batches of one", loop)
 
 
 def start_rows(clip: str, checkpoint: Path, *, repeats: int) -> list[Row]:
@@ -213,33 +213,41 @@ def measure_speed(cfg: Config, repeats: int) -> Iterator[Row]:
     found = find_clips(cfg).sample(frac=1, random_state=0, ignore_index=True)
     paths = found.path.tolist()
     labels = sorted(set(found.emotion))
-    networks = [EmotionCNNGRU(cfg, len(labels)) for _ in range(cfg.ensemble)]
-    model = EmotionEnsemble(mfcc, networks, Distance(cfg)).eval()
     # NumPy's threads slow librosa down more than they help, and on a busy machine many times over.
     with tempfile.TemporaryDirectory() as folder, threadpool_limits(1, user_api="blas"):
         scratch = Path(folder)
         torch.set_num_threads(1)
         yield from feature_rows(paths[:50], mfcc, cfg, scratch=scratch, repeats=repeats)
         yield process_row(found[:500], mfcc, cfg, scratch=scratch, repeats=repeats)
-        yield training_row(load_corpus(cfg, mfcc), mfcc, cfg, scratch=scratch, repeats=repeats)
+        clips, precisions = load_corpus(cfg, mfcc), ("float32", "bfloat16")
+        for own in (replace(cfg, precision=p) for p in precisions if cfg.precision in ("auto", p)):
+            yield training_row(clips, mfcc, own, scratch=scratch, repeats=repeats)
         torch.set_num_threads(threads)
-        save_checkpoint(
-            scratch / "model.pth",
-            Checkpoint(
-                config=cfg,
-                labels=labels,
-                mfcc=dict(mfcc.state_dict()),
-                members=[dict(member.state_dict()) for member in model.members],
-                epochs=[0] * cfg.ensemble,
-                n_clips=dict.fromkeys(labels, 0),
-                temperature=1.0,
-                distance=dict(Distance(cfg).state_dict()),
-                versions={},
-                run="benchmark",
-            ),
-        )
-        yield label_row(paths[:100], scratch / "model.pth", model, cfg, repeats=repeats)
-        yield from start_rows(paths[0], scratch / "model.pth", repeats=repeats)
+        for n_networks in sorted({1, cfg.ensemble}):
+            own = replace(cfg, ensemble=n_networks)
+            model = save_random_model(scratch / f"{n_networks}.pth", own, labels, mfcc)
+            yield label_row(paths[:100], scratch / f"{n_networks}.pth", model, own, repeats=repeats)
+        yield from start_rows(paths[0], scratch / f"{cfg.ensemble}.pth", repeats=repeats)
+
+
+def save_random_model(path: Path, cfg: Config, labels: list[str], mfcc: MFCC) -> EmotionEnsemble:
+    """A model that has learnt nothing, as fast as one that has."""
+    networks = [EmotionCNNGRU(cfg, len(labels)) for _ in range(cfg.ensemble)]
+    checkpoint = Checkpoint(
+        config=cfg,
+        labels=labels,
+        mfcc=dict(mfcc.state_dict()),
+        members=[dict(network.state_dict()) for network in networks],
+        epochs=[0] * cfg.ensemble,
+        n_clips=dict.fromkeys(labels, 0),
+        temperature=1.0,
+        distance=dict(Distance(cfg).state_dict()),
+        seen=torch.empty(0, dtype=torch.int64),
+        versions={},
+        run="benchmark",
+    )
+    save_checkpoint(path, checkpoint)
+    return EmotionEnsemble(mfcc, networks, Distance(cfg)).eval()
 
 
 # ---- the original recipe ---------------------------------------------------------------------------------

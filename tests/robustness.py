@@ -28,7 +28,7 @@ sys.path.insert(0, str(REPO))
 
 from config import Config, UserError, make_parser, parse, run
 from inference import Recognizer
-from model import load_checkpoint, split
+from model import split
 from prepare import AudioError, FloatArray, load_corpus
 from train import calibration_error
 
@@ -163,7 +163,7 @@ NO_SPEECH: dict[str, Callable[[np.random.Generator], Any]] = {
 }
 
 
-def judge(recognizer: Recognizer, waves: Iterable[FloatArray], suffix: str = ".wav") -> pd.DataFrame:
+def label(recognizer: Recognizer, waves: Iterable[FloatArray], suffix: str = ".wav") -> pd.DataFrame:
     """What the model says of waves that go through files: columns emotion, confidence, distance."""
     with tempfile.TemporaryDirectory() as scratch:
         paths = [
@@ -175,19 +175,19 @@ def judge(recognizer: Recognizer, waves: Iterable[FloatArray], suffix: str = ".w
     return pd.DataFrame(results)[["emotion", "confidence", "distance"]]
 
 
-def describe(judged: pd.DataFrame, clean: pd.DataFrame, emotions: "pd.Series[str]") -> dict[str, str]:
+def describe(found: pd.DataFrame, clean: pd.DataFrame, emotions: "pd.Series[str]") -> dict[str, str]:
     """A condition's row of the table."""
-    right, usual = judged.emotion == emotions, clean.emotion == emotions
+    right, usual = found.emotion == emotions, clean.emotion == emotions
     difference = right.astype(float) - usual
-    gained = judged.emotion.value_counts().sub(clean.emotion.value_counts(), fill_value=0)
-    auroc = roc_auc_score(right, judged.confidence) if right.nunique() == 2 else float("nan")
+    gained = found.emotion.value_counts().sub(clean.emotion.value_counts(), fill_value=0)
+    auroc = roc_auc_score(right, found.confidence) if right.nunique() == 2 else float("nan")
     return {
         "right": f"{100 * right.mean():.1f}",
         "change": f"{100 * difference.mean():+.1f} ± {196 * difference.std() / len(right) ** 0.5:.1f}",
-        "confidence": f"{100 * judged.confidence.mean():.1f}",
-        "ECE": f"{100 * calibration_error(judged.confidence.to_numpy(), right.to_numpy()):.1f}",
+        "confidence": f"{100 * found.confidence.mean():.1f}",
+        "ECE": f"{100 * calibration_error(found.confidence.to_numpy(), right.to_numpy()):.1f}",
         "AUROC": f"{auroc:.2f}",
-        "far": f"{100 * (judged.distance > 1).mean():.1f}",
+        "far": f"{100 * (found.distance > 1).mean():.1f}",
         "most gained": f"{gained.idxmax()} {gained.max():+.0f}" if gained.max() else "",
     }
 
@@ -197,7 +197,7 @@ def main(cfg: Config, flags: Any) -> int:
     recognizer = Recognizer(flags.model, device=cfg.device, num_workers=cfg.num_workers)
     places = {name: getattr(cfg, name) for name in ("data_dir", "cache_dir", "num_workers")}
     own = replace(recognizer.cfg, **places)  # what the model was trained with, or the split would be another
-    clips = load_corpus(own, load_checkpoint(Path(flags.model))[1].mfcc)
+    clips = load_corpus(own, recognizer.model.mfcc)
     clips["part"] = split(clips, own)
     test = clips[clips.part == "test"].reset_index(drop=True)
     if not len(test):
@@ -213,26 +213,26 @@ def main(cfg: Config, flags: Any) -> int:
     conditions = make_conditions([load(path)[0] for path in voices])
     for name, change in tqdm(conditions.items(), "conditions", disable=None):
         changed = (change(wave, np.random.default_rng(number)) for number, wave in enumerate(waves))
-        judged = judge(recognizer, changed, ".mp3" if "mp3" in name else ".wav")
-        clean = judged if clean is None else clean
-        rows[name] = describe(judged, clean, test.emotion)
+        found = label(recognizer, changed, ".mp3" if "mp3" in name else ".wav")
+        clean = found if clean is None else clean
+        rows[name] = describe(found, clean, test.emotion)
     print(f"{len(test)} test clips; change with its paired 95 % interval; ECE: calibration error; AUROC: of")
     print("confidence, right clips against wrong ones; far: clips with a distance above 1; all in percent")
     print(pd.DataFrame(rows).T.to_string())
 
     print("\n50 clips each without speech")
     silent = {
-        name: judge(recognizer, (make(np.random.default_rng(number)) for number in range(50)))
+        name: label(recognizer, (make(np.random.default_rng(number)) for number in range(50)))
         for name, make in NO_SPEECH.items()
     }
     print(
         pd.DataFrame(
             {
                 name: {
-                    "far": f"{100 * (judged.distance > 1).mean():.1f}",
-                    "confidence": f"{100 * judged.confidence.mean():.1f}",
+                    "far": f"{100 * (found.distance > 1).mean():.1f}",
+                    "confidence": f"{100 * found.confidence.mean():.1f}",
                 }
-                for name, judged in silent.items()
+                for name, found in silent.items()
             }
         ).T.to_string()
     )

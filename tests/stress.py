@@ -246,7 +246,7 @@ def kill(n_kills: int, seed: int) -> None:
         home.mkdir()
         while hits.total() < n_kills:
             shutil.rmtree(home / "cache", ignore_errors=True)
-            for folder in home.glob("run/2*"):  # earlier runs that were set aside
+            for folder in home.glob("run_2*"):  # earlier runs that were set aside
                 shutil.rmtree(folder)
             kind = n_runs % len(VARIANTS)
             for script in ALONE:
@@ -255,10 +255,10 @@ def kill(n_kills: int, seed: int) -> None:
                     script, home, VARIANTS[kind], usual=usual[kind][script], rng=rng, n_kills=left
                 )
             made = outcome(home)
-            odd = sorted(
+            other = sorted(
                 name for name in made.keys() | expected[kind] if made.get(name) != expected[kind].get(name)
             )
-            expect(not odd, f"not as in the undisturbed run: {', '.join(odd[:5])}", home)
+            expect(not other, f"not as in the undisturbed run: {', '.join(other[:5])}", home)
             expect(not list(home.rglob(".*.tmp")), "a draft is left", home)
             n_runs += 1
     print(f"{'what the kill hit':40}{'kills':>6}  the next run")
