@@ -378,7 +378,7 @@ def save_figure(path: Path, draw: "Callable[[], Figure]") -> bool:
     """Draw a figure and write it as PNG, as save_view does."""
 
     def make() -> bytes:
-        import matplotlib as mpl  # noqa: PLC0415 - takes a second; pyplot would want a display
+        import matplotlib as mpl  # takes a second; pyplot would want a display
 
         buffer = io.BytesIO()
         with warnings.catch_warnings(), mpl.rc_context(STYLE):

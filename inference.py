@@ -101,7 +101,7 @@ class Prediction(NamedTuple):
     probabilities: dict[str, float]  # label -> the mean over its windows, calibrated
     seconds: float  # of audio in it
     distance: float  # from the training data, of which nearly all is within 1
-    warning: str  # what is odd about it; empty if nothing is
+    warning: str  # what is wrong with it; empty if nothing is
     timeline: Timeline | None = None  # where a step was asked for
 
 
@@ -371,11 +371,11 @@ def to_rows(name: str, result: Prediction, *, abstain: bool) -> list[dict[str, A
     about: dict[Any, Any] = {"emotion": result.emotion, "confidence": result.confidence}
     about |= {"seconds": result.seconds, "distance": result.distance} | result.probabilities
     rows = [about] if result.timeline is None else result.timeline.windows.to_dict("records")
-    places = dict.fromkeys(("start", "end", "seconds", "distance"), 2)
+    decimals = dict.fromkeys(("start", "end", "seconds", "distance"), 2)
     for row in rows:
         if abstain and row["distance"] > 1:
             row["emotion"] = ""
-        row |= {key: round(value, places.get(key, 4)) for key, value in row.items() if key != "emotion"}
+        row |= {key: round(value, decimals.get(key, 4)) for key, value in row.items() if key != "emotion"}
     return [{"filename": name, **row} for row in rows]
 
 
@@ -468,8 +468,8 @@ def find_pauses(timeline: Timeline) -> npt.NDArray[np.bool_]:
 
 def plot_timeline(timeline: Timeline, labels: Sequence[str], title: str) -> "Figure":
     """The outline of the waveform above the stacked probabilities; pauses and what is no speech are grey."""
-    from matplotlib import colormaps  # noqa: PLC0415 - takes a second
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib import colormaps  # takes a second
+    from matplotlib.figure import Figure
 
     windows, envelope = timeline
     start, end = windows.start.to_numpy(), windows.end.to_numpy()
@@ -530,8 +530,8 @@ def submit(recognizer: Recognizer, cfg: Config, fill: str) -> int:
     save_file(target, submission.to_csv(index=False, lineterminator="\n").encode())
     if n_failures:
         note(f"warning: {n_failures} of {len(rows)} rows are no predictions but filled with {fill}")
-    places = (folder / "sample_submission.csv" for folder in list(cfg.test_root.parents)[:2])  # of the data
-    sample = next((path for path in places if path.is_file()), None)
+    beside = (folder / "sample_submission.csv" for folder in list(cfg.test_root.parents)[:2])  # the data
+    sample = next((path for path in beside if path.is_file()), None)
     differences = compare_with_sample(sample, submission, labels) if sample else []
     for difference in differences:
         note(f"warning: {sample}: {difference}")
@@ -543,19 +543,21 @@ def submit(recognizer: Recognizer, cfg: Config, fill: str) -> int:
 def compare_with_sample(sample: Path, submission: pd.DataFrame, labels: Sequence[str]) -> list[str]:
     """Say how the competition's sample submission differs from ours (columns filename and emotion)."""
     try:
-        theirs = pd.read_csv(sample, dtype=str, keep_default_na=False, index_col=False)
+        expected = pd.read_csv(sample, dtype=str, keep_default_na=False, index_col=False)
     except (OSError, ValueError) as error:
         return [f"not a CSV file: {error}"]
-    if list(theirs.columns) != list(submission.columns):
-        return [f"header {','.join(theirs.columns)}, not {','.join(submission.columns)}"]
-    ours, expected = submission.filename, theirs.filename
-    sides = {
-        "ids without a file": expected[~expected.isin(ours)],
-        "files without an id": ours[~ours.isin(expected)],
-        "ids listed twice": expected[expected.duplicated()],
-        "labels we do not know": theirs.emotion[~theirs.emotion.isin(labels)].drop_duplicates(),
+    if list(expected.columns) != list(submission.columns):
+        return [f"header {','.join(expected.columns)}, not {','.join(submission.columns)}"]
+    ids, files = expected.filename, submission.filename
+    differences = {
+        "ids without a file": ids[~ids.isin(files)],
+        "files without an id": files[~files.isin(ids)],
+        "ids listed twice": ids[ids.duplicated()],
+        "labels we do not know": expected.emotion[~expected.emotion.isin(labels)].drop_duplicates(),
     }
-    return [f"{len(odd)} {what}: {', '.join(odd[:5])}" for what, odd in sides.items() if len(odd)]
+    return [
+        f"{len(names)} {what}: {', '.join(names[:5])}" for what, names in differences.items() if len(names)
+    ]
 
 
 # ---- the script ------------------------------------------------------------------------------------------

@@ -46,7 +46,7 @@ def split(
     # By file name, so that the same clips in other folders get the same parts.
     groups = groups.loc[sorted(groups.index, key=lambda unit: (clip_name(unit), unit))]
     if n_folds:
-        from sklearn.model_selection import StratifiedKFold  # noqa: PLC0415 - takes seconds
+        from sklearn.model_selection import StratifiedKFold  # takes seconds
 
         unit = {"random": "clip", "speaker": "speaker"}[cfg.split]
         if n_folds > len(groups):
@@ -176,7 +176,7 @@ class Augment(nn.Module):
 
     def __init__(self, mfcc: MFCC, cfg: Config) -> None:
         super().__init__()
-        import librosa  # noqa: PLC0415
+        import librosa
 
         self.mfcc, self.tempo = mfcc, cfg.tempo
         self.shift = cfg.shift * cfg.sample_rate / cfg.hop_length  # frames
@@ -187,8 +187,8 @@ class Augment(nn.Module):
         warps = []
         for power in np.linspace(-1, 1, 41):  # voices from 1 / (1 + vtlp) to 1 + vtlp
             hertz = librosa.mel_to_hz(mels) * (1 + cfg.vtlp) ** power
-            place = np.interp(librosa.hz_to_mel(hertz), mels, bands)
-            warps.append(dct @ np.maximum(0, 1 - np.abs(place[:, None] - bands)) @ dct.T)
+            source = np.interp(librosa.hz_to_mel(hertz), mels, bands)  # the band that each comes from
+            warps.append(dct @ np.maximum(0, 1 - np.abs(source[:, None] - bands)) @ dct.T)
         self.warps = nn.Buffer(torch.from_numpy(np.stack(warps).astype(np.float32)))
         self.degrade = Degrade(cfg) if cfg.recordings == "any" else nn.Identity()
 
@@ -205,12 +205,12 @@ class Augment(nn.Module):
 
         tempo, start = 2 * torch.rand(2, n_clips, 1, device=features.device) - 1
         frames = torch.arange(n_frames, device=features.device) - start * self.shift
-        place = frames * (1 + self.tempo) ** tempo  # (B, T): where each new frame comes from
-        left = place.floor().clamp(0, n_frames - 2)
+        source = frames * (1 + self.tempo) ** tempo  # (B, T): the frame that each comes from
+        left = source.floor().clamp(0, n_frames - 2)
         index = left.long()[:, None].expand_as(mfcc)
-        between = (place - left).clamp(0, 1)[:, None]
+        between = (source - left).clamp(0, 1)[:, None]
         moved = torch.lerp(mfcc.gather(2, index), mfcc.gather(2, index + 1), between)
-        inside = (place >= 0) & (place <= n_frames - 1)
+        inside = (source >= 0) & (source <= n_frames - 1)
         return self.mfcc.add_deltas(self.degrade(torch.where(inside[:, None], moved, silence)))
 
 
@@ -237,8 +237,8 @@ class Degrade(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        import librosa  # noqa: PLC0415
-        import scipy.fft  # noqa: PLC0415
+        import librosa
+        import scipy.fft
 
         n_bands = cfg.n_mfcc
         dct = scipy.fft.dct(np.eye(n_bands), norm="ortho", axis=0) * math.sqrt(cfg.n_mels / n_bands)
@@ -642,7 +642,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """
     own = model.state_dict()
     wrong = {
-        "without a place here": [name for name in weights if name not in own],
+        "unknown": [name for name in weights if name not in own],
         "missing": [name for name in own if name not in weights],
         "of another shape": [n for n, value in weights.items() if n in own and value.shape != own[n].shape],
     }

@@ -939,7 +939,7 @@ def fit_temperature(probabilities: Tensor, targets: Tensor, n_networks: Tensor) 
         targets: (N,) true classes.
         n_networks: (N, 1) how many networks.
     """
-    from scipy.optimize import minimize_scalar  # noqa: PLC0415
+    from scipy.optimize import minimize_scalar
 
     logits = probabilities.clamp(min=1e-12).log() / relative_temperature(n_networks)
 
@@ -1027,7 +1027,7 @@ SCORES = {
 
 def score(predictions: pd.DataFrame) -> dict[str, Any]:
     """The scores of all clips, with intervals, of each class that occurs, and of each corpus."""
-    from sklearn.metrics import classification_report  # noqa: PLC0415 - takes seconds
+    from sklearn.metrics import classification_report  # takes seconds
 
     true, labels = predictions.emotion, sorted(set(predictions.emotion))
     per_class = classification_report(
@@ -1043,7 +1043,7 @@ def score(predictions: pd.DataFrame) -> dict[str, Any]:
 
 def summarize(predictions: pd.DataFrame) -> dict[str, float]:
     """SCORES, those of classes as means over the classes that occur, and the number of clips."""
-    from sklearn.metrics import f1_score, recall_score  # noqa: PLC0415
+    from sklearn.metrics import f1_score, recall_score
 
     true, predicted = predictions.emotion, predictions.predicted
     macro = {"labels": sorted(set(true)), "average": "macro", "zero_division": 0}
@@ -1165,7 +1165,7 @@ BLUE, ORANGE, SKY = COLOURS[5], COLOURS[0], COLOURS[4]
 
 def plot_history(history: pd.DataFrame, kept: Sequence[int]) -> "Figure":
     """Loss, accuracy and learning rate, a line per network, and the epochs that were kept."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.7))
     panels = figure.subplots(1, 3)
@@ -1187,8 +1187,8 @@ def plot_history(history: pd.DataFrame, kept: Sequence[int]) -> "Figure":
 
 def plot_confusion(predictions: pd.DataFrame) -> "Figure":
     """The confusion matrix, each row the fractions of one true class."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
-    from sklearn.metrics import ConfusionMatrixDisplay  # noqa: PLC0415
+    from matplotlib.figure import Figure
+    from sklearn.metrics import ConfusionMatrixDisplay
 
     figure = Figure(figsize=(6.4, 5.8))
     axes = figure.subplots()
@@ -1202,8 +1202,8 @@ def plot_confusion(predictions: pd.DataFrame) -> "Figure":
 
 def plot_scores(predictions: pd.DataFrame) -> "Figure":
     """Accuracy of each corpus, and how far confidence can be believed; with 95 % intervals."""
-    from matplotlib.figure import Figure  # noqa: PLC0415
-    from scipy.stats import binomtest  # noqa: PLC0415
+    from matplotlib.figure import Figure
+    from scipy.stats import binomtest
 
     figure = Figure(figsize=(11, 4.4))
     bars, reliability = figure.subplots(1, 2)
