@@ -105,6 +105,7 @@ class Config:
     # ---- training ---------------------------------------------------------------------------------------
     batch_size: AtLeast2 = 64  # clips per step
     epochs: Count = 40  # at most; early stopping may end training sooner
+    max_minutes: NotNegative = 0.0  # from start to report; fewer networks and epochs, if need be; 0: no limit
     min_steps: Count = 25  # steps per epoch at least: small data sets are repeated within an epoch
     learning_rate: Positive = 3e-3  # of AdamW
     warmup: AtLeast0 = 2  # epochs in which the learning rate rises linearly to its full value

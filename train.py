@@ -115,6 +115,10 @@ OnEpoch: TypeAlias = Callable[[Row], None]
 NumberT = TypeVar("NumberT", float, Tensor)
 
 MAX_GRADIENT = 5.0  # norm; a longer gradient is shortened to it
+COOL_DOWN, MIN_EPOCHS = (
+    0.75,
+    24,
+)  # of training with a limit of time: when the learning rate falls, and at least
 MAX_PER_SPEAKER = 100  # clips of one speaker in an epoch, where any recordings are to be labelled
 
 # ---- one epoch -------------------------------------------------------------------------------------------
@@ -258,6 +262,7 @@ def fit(
     member: int = 1,
     init: Checkpoint | None = None,
     resume: bool = False,
+    deadline: float = math.inf,
     on_epoch: OnEpoch = lambda _: None,
 ) -> None:
     """Train one network of the ensemble; after each epoch its state goes to run_dir/network<member>.pth.
@@ -272,6 +277,7 @@ def fit(
         member: Which network, from 1.
         init: The model to start from.
         resume: Whether to go on with the state of an interrupted run.
+        deadline: The time, as time.time() gives it, after which no epoch begins.
         on_epoch: Gets the row of history.csv of each epoch.
 
     Raises:
@@ -308,7 +314,7 @@ def fit(
         history, best, bad_epochs, kept = (state[name] for name in ("history", "best", "bad_epochs", "kept"))
 
     averaged = EmotionEnsemble(augment.mfcc, [average.module], Distance(cfg).to(device))
-    while len(history) < cfg.epochs and bad_epochs < cfg.patience:
+    while len(history) < cfg.epochs and bad_epochs < cfg.patience and time.time() < deadline:
         started, epoch, lr = time.perf_counter(), len(history) + 1, optimizer.param_groups[0]["lr"]
         # Seeded anew each epoch, so that a resumed run needs no state of random generators.
         torch.manual_seed(seed * 10_007 + epoch)
@@ -329,6 +335,8 @@ def fit(
 
         if epoch > cfg.warmup:
             plateau.step(accuracy)
+        if cfg.max_minutes and epoch > COOL_DOWN * cfg.epochs:  # there is no time to wait for a plateau
+            optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr * cfg.lr_factor
         # Early stopping waits until the learning rate has fallen as far as it will, or it would cut that off.
         has_fallen = epoch > cfg.warmup and optimizer.param_groups[0]["lr"] < lr
         bad_epochs = 0 if accuracy > best or has_fallen else bad_epochs + 1
@@ -339,9 +347,18 @@ def fit(
                 "weights": copy.deepcopy(average.module.state_dict()),
                 "val_probabilities": probabilities,
             }
-        row = {"network": member, "epoch": epoch, "learning_rate": lr, "train_loss": loss}
-        row |= {"train_accuracy": train_accuracy, "val_loss": val_loss, "val_accuracy": accuracy}
-        history.append(row | {"seconds": round(time.perf_counter() - started, 2)})
+        history.append(
+            {
+                "network": member,
+                "epoch": epoch,
+                "learning_rate": lr,
+                "train_loss": loss,
+                "train_accuracy": train_accuracy,
+                "val_loss": val_loss,
+                "val_accuracy": accuracy,
+                "seconds": round(time.perf_counter() - started, 2),
+            }
+        )
         state = {name: part.state_dict() for name, part in stateful.items()}
         state |= {"history": history, "best": best, "bad_epochs": bad_epochs, "kept": kept}
         save_tensors(path, state)
@@ -408,6 +425,14 @@ class Job(NamedTuple):
     member: int
 
 
+class Plan(NamedTuple):
+    """How a run is trained, as far as that is settled when it begins."""
+
+    precision: Precision  # not auto
+    n_networks: int  # of the ensemble
+    epochs: int  # at most
+
+
 class Inputs(NamedTuple):
     """What the processes of a run read from a file that the first of them has just written."""
 
@@ -415,7 +440,8 @@ class Inputs(NamedTuple):
     parts: dict[Job, list[str]]  # of the clips, as split gives them, for each network
     mfcc: MFCC
     init: Checkpoint | None  # the model to start from
-    precision: Precision  # not auto
+    plan: Plan
+    deadline: float  # as time.time() gives it
 
     def clips_of(self, job: Job) -> pd.DataFrame:
         """The clips with the column part: which a network trains, validates and is tested on."""
@@ -425,6 +451,11 @@ class Inputs(NamedTuple):
     def folds(self) -> list[int]:
         """The numbers of the folds; [0] where there are none."""
         return sorted({job.fold for job in self.parts})
+
+    @property
+    def jobs(self) -> list[Job]:
+        """The networks that the plan has time for; under torchrun those of this process, every so many-th."""
+        return [job for job in self.parts if job.member <= self.plan.n_networks][rank() :: world_size()]
 
 
 def divide(clips: pd.DataFrame, cfg: Config, n_folds: int) -> dict[Job, list[str]]:
@@ -456,9 +487,16 @@ def read_inputs(cfg: Config) -> Inputs:
 
 def run_job(cfg: Config, job: Job, inputs: Inputs, *, resume: bool, on_epoch: OnEpoch) -> None:
     """Train the network of a job."""
-    own = replace(fold_config(cfg, job.fold), precision=inputs.precision)
-    clips, member = inputs.clips_of(job), job.member
-    fit(own, clips, inputs.mfcc, member=member, init=inputs.init, resume=resume, on_epoch=on_epoch)
+    fit(
+        replace(fold_config(cfg, job.fold), precision=inputs.plan.precision, epochs=inputs.plan.epochs),
+        inputs.clips_of(job),
+        inputs.mfcc,
+        member=job.member,
+        init=inputs.init,
+        resume=resume,
+        deadline=inputs.deadline,
+        on_epoch=on_epoch,
+    )
 
 
 def own_devices(cfg: Config) -> list[str]:
@@ -542,19 +580,19 @@ def _work(
         rows.put(error)
 
 
-def faster_precision(cfg: Config, n_classes: int) -> Precision:
-    """float32 or bfloat16 (mixed precision), whichever trains this network faster here, by a few steps.
+def time_steps(cfg: Config, n_classes: int) -> dict[Precision, float]:
+    """Seconds of a training step of this network on this machine, in float32 and in mixed precision.
 
     bfloat16 has the range of float32 and 8 bits of precision; sums and all weights stay float32 (Kalamkar et
     al. 2019, arXiv:1905.12322). That a processor has it does not mean that it is fast.
     """
-    device = resolve_device(own_devices(cfg)[0])
-    if cfg.precision != "auto":
-        return cfg.precision
+    device, n_threads = resolve_device(own_devices(cfg)[0]), torch.get_num_threads()
     model = EmotionCNNGRU(cfg, n_classes).to(device)
     features = torch.randn(cfg.batch_size, cfg.n_features, cfg.n_frames, device=device)
-    seconds: dict[Precision, float] = {"float32": math.inf, "bfloat16": math.inf}
-    n_threads = torch.get_num_threads()
+    precisions: tuple[Precision, ...] = (
+        ("float32", "bfloat16") if cfg.precision == "auto" else (cfg.precision,)
+    )
+    seconds = dict.fromkeys(precisions, math.inf)
     torch.set_num_threads(1)
     for _ in range(4):
         for name, fastest in seconds.items():
@@ -565,10 +603,32 @@ def faster_precision(cfg: Config, n_classes: int) -> Precision:
             loss.item()  # waits for a GPU
             seconds[name] = min(fastest, time.perf_counter() - started)
     torch.set_num_threads(n_threads)
-    faster = min(seconds, key=lambda name: seconds[name])
-    times = " and ".join(f"{1000 * value:.0f} ms in {name}" for name, value in seconds.items())
-    note(f"note: trains in {faster}: a step takes {times}")
-    return faster
+    return seconds
+
+
+def make_plan(cfg: Config, inputs: Inputs) -> Plan:
+    """The faster precision, and as many networks and epochs as max_minutes allow.
+
+    Raises:
+        UserError: There is no time for a single epoch.
+    """
+    seconds = time_steps(cfg, inputs.clips.emotion.nunique())
+    precision = min(seconds, key=lambda name: seconds[name])
+    if len(seconds) > 1:
+        times = " and ".join(f"{1000 * value:.0f} ms in {name}" for name, value in seconds.items())
+        note(f"note: trains in {precision}: a step takes {times}")
+    if not cfg.max_minutes:
+        return Plan(precision, cfg.ensemble, cfg.epochs)
+    n_steps = max(cfg.min_steps, inputs.parts[min(inputs.parts)].count("train") // cfg.batch_size)
+    epoch_seconds = 1.4 * n_steps * seconds[precision]  # with augmentation, validation and saving
+    n_workers = world_size() * len(own_devices(cfg))
+    n_epochs = n_workers * (inputs.deadline - time.time()) / epoch_seconds / len(inputs.folds)
+    n_networks = max(1, min(cfg.ensemble, int(n_epochs / MIN_EPOCHS)))
+    epochs = min(cfg.epochs, int(n_epochs / n_networks))
+    if epochs < 1:
+        raise UserError(f"max_minutes = {cfg.max_minutes}: an epoch takes {epoch_seconds:.0f} s: raise it")
+    note(f"note: max_minutes = {cfg.max_minutes}: {n_networks} of {cfg.ensemble} networks, {epochs} epochs")
+    return Plan(precision, n_networks, epochs)
 
 
 @contextlib.contextmanager
@@ -647,7 +707,7 @@ def check_resume(cfg: Config, about: dict[str, Any], mine: dict[str, Any]) -> No
     """
     if not about:
         raise UserError(f"no run in {cfg.run_dir} to resume: start one with `python train.py`")
-    free = (RUNTIME_FIELDS - {"batch_size"}) | {"epochs", "patience"}
+    free = (RUNTIME_FIELDS - {"batch_size"}) | ({"epochs", "patience"} if not cfg.max_minutes else set())
     differences = [
         "the clips or their split" if name == "data" else f"{name}: {about.get(name)!r} -> {value!r}"
         for name, value in mine.items()
@@ -692,15 +752,17 @@ def start_run(cfg: Config, inputs: Inputs, *, resume: bool) -> None:
     if resume:
         check_resume(cfg, about, mine)
         init = load_checkpoint(kept_init)[0] if about["init"] else None
-        inputs = inputs._replace(precision=about["trained_in"], init=init)
+        begun = Plan(**about["plan"])
+        resumed = begun if cfg.max_minutes else begun._replace(epochs=cfg.epochs)
+        inputs = inputs._replace(init=init, plan=resumed)
     else:
-        inputs = inputs._replace(precision=faster_precision(cfg, inputs.clips.emotion.nunique()))
+        inputs = inputs._replace(plan=make_plan(cfg, inputs))
         if about:
             set_aside(Path(cfg.run_dir), about["run"])
         if inputs.init:  # its own copy, to be resumed from when the file is gone or replaced
             save_checkpoint(kept_init, inputs.init)
         new = {"run": datetime.now().strftime(RUN_ID), "init": inputs.init.run if inputs.init else ""}
-        save_json(Path(cfg.run_dir, "run.json"), new | {"trained_in": inputs.precision} | mine)
+        save_json(Path(cfg.run_dir, "run.json"), new | {"plan": inputs.plan._asdict()} | mine)
     save_file(Path(cfg.run_dir, INPUTS), pickle.dumps(inputs))
 
 
@@ -737,6 +799,7 @@ def train(
         UserError: The run cannot begin, and nothing was touched; or its loss is no longer finite.
         KeyboardInterrupt: The finished epochs are saved.
     """
+    deadline = time.time() + 54 * cfg.max_minutes if cfg.max_minutes else math.inf  # the report takes a tenth
     with torchrun(), contextlib.ExitStack() as stack:
         if rank() == 0:
             check_run_dir(cfg)
@@ -744,7 +807,8 @@ def train(
             mfcc = MFCC(mfcc_constants(cfg), cfg.hop_length)
             clips = load_corpus(cfg, mfcc)
             start = load_init(Path(init), cfg, sorted(set(clips.emotion))) if init else None
-            inputs = Inputs(clips, divide(clips, cfg, n_folds), mfcc, start, cfg.precision)
+            limits = Plan(cfg.precision, cfg.ensemble, cfg.epochs)
+            inputs = Inputs(clips, divide(clips, cfg, n_folds), mfcc, start, limits, deadline)
             stack.enter_context(run_lock(cfg))
             start_run(cfg, inputs, resume=resume)
         wait_for_others()
@@ -767,8 +831,8 @@ def train(
 
 def train_networks(cfg: Config, inputs: Inputs, *, resume: bool, on_epoch: OnEpoch) -> None:
     """Train the networks of this process, and show how far they are."""
-    jobs = list(inputs.parts)[rank() :: world_size()]
-    with tqdm(total=len(jobs) * cfg.epochs, unit="epoch", disable=True if rank() else None) as bar:
+    jobs = inputs.jobs
+    with tqdm(total=len(jobs) * inputs.plan.epochs, unit="epoch", disable=True if rank() else None) as bar:
 
         def show(row: Row) -> None:
             show_epoch(row, cfg, bar)
