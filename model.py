@@ -1,4 +1,4 @@
-"""Split, dataset, augmentation, network, the ensemble of networks, and the checkpoint that holds it."""
+"""Dataset, augmentation, network, the ensemble of networks, and the checkpoint that holds it."""
 
 import contextlib
 import dataclasses
@@ -25,112 +25,9 @@ from torch import Tensor, distributed, nn
 from torch.utils.data import Dataset
 
 from config import Config, UserError, note
-from prepare import MFCC, FeatureCache, check_csv_name, clip_name
+from prepare import MFCC, FeatureCache, check_csv_name
 
-# ---- split and dataset -----------------------------------------------------------------------------------
-
-
-def split(
-    clips: pd.DataFrame, cfg: Config, *, member: int = 1, fold: int = 0, n_folds: int = 0
-) -> "pd.Series[str]":
-    """The part of each clip, train, val or test, drawn at random: all that is fitted is fitted to train.
-
-    The networks of an ensemble have the same test part, but each draws its own clips to validate on, so that
-    several together train on nearly all the others.
-
-    By clip, each class of each corpus is divided alike; by speaker, the speakers of each corpus are, and
-    (without folds) a corpus of fewer than three stays in training as a whole. Clips with the same audio are
-    never divided. The test parts of all folds together hold every clip once. Equal seeds and clips give
-    equal parts.
-
-    Raises:
-        UserError: Parts would be too small, or a speaker is not known.
-    """
-    units = _split_units(clips, cfg)
-    groups = units.drop_duplicates("unit").set_index("unit").stratum
-    # By file name, so that the same clips in other folders get the same parts.
-    groups = groups.loc[sorted(groups.index, key=lambda unit: (clip_name(unit), unit))]
-    if n_folds:
-        from sklearn.model_selection import StratifiedKFold  # noqa: PLC0415 - takes seconds
-
-        unit = {"random": "clip", "speaker": "speaker"}[cfg.split]
-        if n_folds > len(groups):
-            raise UserError(f"folds = {n_folds}: must be at most {len(groups)}, the number of {unit}s")
-        splitter = StratifiedKFold(n_folds, shuffle=True, random_state=cfg.seed)
-        # A class of fewer than n_folds members is no reason to fail: some folds go without it.
-        strata = groups.where(groups.map(groups.value_counts()) >= n_folds, "rest")
-        if strata.value_counts().max() < n_folds:
-            strata = pd.Series("all", index=groups.index)
-        test = groups.index[list(splitter.split(groups, strata))[fold][1]]
-    else:
-        test = _draw(groups, cfg.test_fraction, cfg.seed)
-    rest = groups.drop(test)
-    fraction = cfg.val_fraction * (1 if n_folds else len(groups) / max(len(rest), 1))
-    val = _draw(rest, fraction, member_seed(cfg, member))
-    part = pd.Series("train", index=groups.index)
-    part[test], part[val] = "test", "val"
-    parts = units.unit.map(part)
-    _check_parts(clips, parts, cfg, member)
-    return parts
-
-
-def _split_units(clips: pd.DataFrame, cfg: Config) -> pd.DataFrame:
-    """What is never divided, and within what it is dealt out: columns unit and stratum for each clip."""
-    corpus = clips.corpus.str.split().str[0]  # RAVDESS speech and song share their actors
-    if cfg.split == "random":
-        first = clips.groupby("audio_hash")["path"].transform("first")
-        strata = (corpus + " " + clips.emotion).groupby(first).transform("first")
-        return pd.DataFrame({"unit": first, "stratum": strata})
-    if unknown := int((clips.speaker == "").sum()):
-        raise UserError(
-            f"split = speaker: the speakers of {unknown} of {len(clips)} clips are not known: name files as "
-            "RAVDESS, CREMA-D, TESS, SAVEE or EmoDB do, or pass --manifest"
-        )
-    shared = clips[clips.groupby("audio_hash").speaker.transform("nunique") > 1].sort_values("audio_hash")
-    if len(shared):
-        names = " and ".join(f"{clip.path} of {clip.speaker}" for clip in shared[:2].itertuples())
-        raise UserError(f"split = speaker: the same audio under two speakers: {names}: remove one")
-    speaker = clips.speaker
-    return pd.DataFrame({"unit": speaker, "stratum": corpus.groupby(speaker).transform("first")})
-
-
-def member_seed(cfg: Config, member: int) -> int:
-    """The seed of a network of the ensemble, which are counted from 1."""
-    return cfg.seed * 1000 + member
-
-
-def _draw(groups: "pd.Series[str]", fraction: float, seed: int) -> "pd.Index[str]":
-    """Draw a fraction of each stratum, at least one of three or more, none of fewer."""
-    drawn: list[str] = []
-    for _, stratum in groups.groupby(groups):
-        if fraction and len(stratum) > 2:
-            size = min(max(1, round(fraction * len(stratum))), len(stratum) - 1)
-            drawn += stratum.sample(size, random_state=seed % 2**32).index.tolist()
-    return pd.Index(drawn, dtype=object)
-
-
-def _check_parts(clips: pd.DataFrame, parts: "pd.Series[str]", cfg: Config, member: int) -> None:
-    emotions = clips.emotion.nunique()
-    counts = parts.value_counts()
-    if counts.get("val", 0) < emotions:
-        why = f"val_fraction = {cfg.val_fraction}: raise it or add clips"
-        rest = clips[parts != "test"]
-        if cfg.split == "speaker":
-            speakers = rest.groupby("corpus").speaker.nunique()
-            why = f"outside the test part a corpus needs three speakers, here are {speakers.to_dict()}"
-            why += ": add speakers or --folds, try another --seed, or --split random"
-        elif rest.groupby(["corpus", "emotion"]).size().max() < 3:
-            why = "outside the test part a class needs three clips: add clips"
-        raise UserError(
-            f"network {member}: {counts.get('val', 0)} of {len(clips)} clips for validation, "
-            f"fewer than the {emotions} classes: {why}"
-        )
-    if counts.get("train", 0) < 2:
-        raise UserError(f"{counts.get('train', 0)} of {len(clips)} clips for training: lower the fractions")
-    for part in ("train", "val", "test"):
-        absent = set(clips.emotion) - set(clips.emotion[parts == part])
-        if absent and part in counts and member == 1:  # one warning is enough
-            note(f"warning: no clip of {', '.join(sorted(absent))} in {part}: too few clips")
+# ---- dataset ---------------------------------------------------------------------------------------------
 
 
 # Windows (W, n_features, n_frames) float32, the clip in the batch that each belongs to (W,) int64, and the

@@ -878,7 +878,7 @@ def load_corpus(cfg: Config, mfcc: MFCC, found: pd.DataFrame | None = None) -> p
         n_windows, seconds, audio_hash (equal for the same audio) and warning.
 
     Raises:
-        UserError: There are no clips, too many cannot be read, or there is but one class.
+        UserError: There are no clips, or too many cannot be read.
     """
     found = find_clips(cfg) if found is None else found
     found = found[found.left_out == ""].drop(columns="left_out").reset_index(drop=True)
@@ -892,8 +892,6 @@ def load_corpus(cfg: Config, mfcc: MFCC, found: pd.DataFrame | None = None) -> p
         )
     for emotion in sorted(set(found.emotion) - set(clips.emotion)):
         note(f"note: class {emotion} has no readable clip: left out")
-    if clips.emotion.nunique() < 2:
-        raise UserError(f"only one class in {cfg.data_dir}, {clips.emotion[0]}: nothing to tell apart")
     copies = clips[clips.audio_hash.duplicated(keep=False)]
     for _, group in copies.groupby("audio_hash"):
         if group.emotion.nunique() > 1:
@@ -926,6 +924,118 @@ def report_files(reasons: Mapping[str, str], verb: str, *, most: int = 20) -> No
         note(f"{verb} {path}: {reason}")
     if len(reasons) > most:
         note(f"{verb} {len(reasons)} such files, {len(reasons) - most} of them not shown")
+
+
+# ---- the split -------------------------------------------------------------------------------------------
+
+
+def split(
+    clips: pd.DataFrame, cfg: Config, *, member: int = 1, fold: int = 0, n_folds: int = 0
+) -> "pd.Series[str]":
+    """The part of each clip, train, val or test, drawn at random: all that is fitted is fitted to train.
+
+    The networks of an ensemble have the same test part, but each draws its own clips to validate on, so that
+    several together train on nearly all the others.
+
+    By clip, each class of each corpus is divided alike; by speaker, the speakers of each corpus are, and
+    (without folds) a corpus of fewer than three stays in training as a whole. Clips with the same audio are
+    never divided. The test parts of all folds together hold every clip once. Equal seeds and clips give
+    equal parts.
+
+    Raises:
+        UserError: There is only one class, parts would be too small, or a speaker is not known.
+    """
+    if clips.emotion.nunique() < 2:
+        raise UserError(f"only one class in {cfg.data_dir}, {clips.emotion.iloc[0]}: nothing to tell apart")
+    corpus = clips.corpus.str.split().str[0]  # RAVDESS speech and song share their actors
+    if cfg.split == "speaker":
+        _check_speakers(clips)
+        unit, stratum = clips.speaker, corpus
+    else:
+        unit = clips.groupby("audio_hash")["path"].transform("first")
+        stratum = corpus + " " + clips.emotion
+    strata = stratum.groupby(unit).first()
+    # By file name, so that the same clips in other folders get the same parts.
+    strata = strata.loc[sorted(strata.index, key=lambda name: (clip_name(name), name))]
+    test = _draw_fold(strata, cfg, fold, n_folds) if n_folds else _draw(strata, cfg.test_fraction, cfg.seed)
+    rest = strata.drop(test)
+    fraction = cfg.val_fraction * (1 if n_folds else len(strata) / max(len(rest), 1))
+    val = _draw(rest, fraction, member_seed(cfg, member))
+    part = pd.Series("train", index=strata.index)
+    part[test], part[val] = "test", "val"
+    parts = unit.map(part)
+    _check_parts(clips.assign(corpus=corpus, part=parts), cfg, member, n_folds)
+    return parts
+
+
+def member_seed(cfg: Config, member: int) -> int:
+    """The seed of a network of the ensemble, which are counted from 1."""
+    return cfg.seed * 1000 + member
+
+
+def _check_speakers(clips: pd.DataFrame) -> None:
+    """Refuse clips that cannot be divided by speaker."""
+    if unknown := int((clips.speaker == "").sum()):
+        raise UserError(
+            f"split = speaker: the speakers of {unknown} of {len(clips)} clips are not known: name files as "
+            "RAVDESS, CREMA-D, TESS, SAVEE or EmoDB do, or pass --manifest"
+        )
+    shared = clips[clips.groupby("audio_hash").speaker.transform("nunique") > 1].sort_values("audio_hash")
+    if len(shared):
+        names = " and ".join(f"{clip.path} of {clip.speaker}" for clip in shared[:2].itertuples())
+        raise UserError(f"split = speaker: the same audio under two speakers: {names}: remove one")
+
+
+def _draw(strata: "pd.Series[str]", fraction: float, seed: int) -> "pd.Index[str]":
+    """Draw a fraction of each stratum, at least one of three or more, none of fewer."""
+    drawn: list[str] = []
+    for _, stratum in strata.groupby(strata):
+        if fraction and len(stratum) > 2:
+            size = min(max(1, round(fraction * len(stratum))), len(stratum) - 1)
+            drawn += stratum.sample(size, random_state=seed % 2**32).index.tolist()
+    return pd.Index(drawn, dtype=object)
+
+
+def _draw_fold(strata: "pd.Series[str]", cfg: Config, fold: int, n_folds: int) -> "pd.Index[str]":
+    """One of n_folds equal shares of each stratum; of one that is smaller, some folds have none."""
+    from sklearn.model_selection import StratifiedKFold  # noqa: PLC0415 - takes seconds
+
+    if n_folds > len(strata):
+        unit = {"random": "clip", "speaker": "speaker"}[cfg.split]
+        raise UserError(f"folds = {n_folds}: each tests {unit}s of its own, and there are only {len(strata)}")
+    is_small = strata.map(strata.value_counts()) < n_folds
+    shared = strata.mask(is_small, "rest")
+    if is_small.sum() < n_folds:  # too few for a stratum of their own
+        shared = shared.mask(is_small, shared.mode()[0])
+    splitter = StratifiedKFold(n_folds, shuffle=True, random_state=cfg.seed)
+    return strata.index[list(splitter.split(strata, shared))[fold][1]]
+
+
+def _check_parts(clips: pd.DataFrame, cfg: Config, member: int, n_folds: int) -> None:
+    """Refuse parts that are too small; `clips` with the part of each, and what counts as its corpus."""
+    sizes, n_classes = clips.part.value_counts(), clips.emotion.nunique()
+    if (n_val := sizes.get("val", 0)) < n_classes:
+        rest = clips[clips.part != "test"]
+        speakers = rest.groupby("corpus").speaker.nunique()
+        why = f"val_fraction = {cfg.val_fraction}: raise it or add clips"
+        if cfg.split == "speaker" and speakers.max() < 3:
+            here = ", ".join(f"{number} of {corpus}" for corpus, number in speakers.items())
+            why = f"it needs three speakers of one corpus outside the test part, not {here}: add some"
+            if clips.groupby("corpus").speaker.nunique().max() > (3 if n_folds else 2):
+                why += ", raise --folds" if n_folds else ", pass --test_fraction 0"
+            why += ", or pass --split random"
+        elif cfg.split == "random" and rest.groupby(["corpus", "emotion"]).size().max() < 3:
+            why = "outside the test part a class needs three clips: add clips"
+        raise UserError(
+            f"network {member}: {n_val} of {len(clips)} clips for validation, "
+            f"fewer than the {n_classes} classes: {why}"
+        )
+    if (n_train := sizes.get("train", 0)) < 2:
+        raise UserError(f"{n_train} of {len(clips)} clips for training: lower the fractions")
+    for part in ("train", "val", "test"):
+        absent = set(clips.emotion) - set(clips.emotion[clips.part == part])
+        if absent and part in sizes and member == 1:  # one warning is enough
+            note(f"warning: no clip of {', '.join(sorted(absent))} in {part}: too few clips")
 
 
 # ---- demo corpus -----------------------------------------------------------------------------------------

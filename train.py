@@ -69,7 +69,6 @@ from model import (
     load_checkpoint,
     load_tensors,
     mean_over_windows,
-    member_seed,
     rank,
     resolve_device,
     resolve_dtype,
@@ -78,7 +77,6 @@ from model import (
     save_file,
     save_tensors,
     save_view,
-    split,
     torchrun,
 )
 from prepare import (
@@ -88,7 +86,9 @@ from prepare import (
     clip_name,
     load_corpus,
     make_demo,
+    member_seed,
     mfcc_constants,
+    split,
     start_child,
 )
 

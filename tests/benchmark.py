@@ -40,7 +40,6 @@ from model import (
     EmotionEnsemble,
     resolve_dtype,
     save_checkpoint,
-    split,
 )
 from prepare import (
     MFCC,
@@ -52,6 +51,7 @@ from prepare import (
     load_features,
     make_demo,
     mfcc_constants,
+    split,
 )
 from train import class_weights, describe_split, fit, make_loader
 

@@ -26,9 +26,19 @@ import torch
 
 import prepare
 from config import Config, UserError, run
-from model import split
-from prepare import MFCC, AudioError, FeatureCache, Recording, extract, find_clips, load_features, map_files
+from prepare import (
+    MFCC,
+    AudioError,
+    FeatureCache,
+    Recording,
+    extract,
+    find_clips,
+    load_features,
+    map_files,
+    split,
+)
 from tests.conftest import (
+    EMOTIONS,
     RATE,
     make_corpus,
     make_mfcc,
@@ -829,15 +839,17 @@ def test_same_audio_is_told(tmp_path: Path, mfcc: MFCC, capsys: Capture) -> None
 
 
 def test_class_without_a_readable_clip_is_left_out(tmp_path: Path, mfcc: MFCC, capsys: Capture) -> None:
-    """A single class that is left is nothing to tell apart."""
+    """A single class is enough to score a model on, but not to train one."""
     cfg = corpus_of(tmp_path, emotions=["Angry", "Sad"])
     touch(tmp_path / "data", "Bored/a.wav")
     assert set(prepare.load_corpus(cfg, mfcc).emotion) == {"Angry", "Sad"}
     assert "class Bored has no readable clip: left out" in capsys.readouterr().err
     (tmp_path / "data" / "Bored" / "a.wav").unlink()
     (tmp_path / "data" / "Sad").rename(tmp_path / "data" / "Test")
+    clips = prepare.load_corpus(cfg, mfcc)
+    assert set(clips.emotion) == {"Angry"}
     with pytest.raises(UserError, match=r"only one class in .*, Angry") as error:
-        prepare.load_corpus(cfg, mfcc)
+        split(clips, cfg)
     assert error.value.code == 2
 
 
@@ -878,6 +890,181 @@ def test_script_prints_the_table_and_names_odd_files(tmp_path: Path) -> None:
     ]
     assert lines[6].startswith(f"warning: {sad}/g.mp3: truncated: 0.")
     assert lines[7:] == [rf"warning: {sad}/h\udcff\n.wav: silent"]
+
+
+# ---- the split -------------------------------------------------------------------------------------------
+
+
+def make_table(
+    counts: dict[tuple[str, str], int] | None = None, n_speakers: int = 10, n_copies: int = 0
+) -> pd.DataFrame:
+    """Clips as load_corpus gives them, so many of each (corpus, emotion); two of n_copies are copies."""
+    counts = counts or {(corpus, label): 40 for corpus in ("CREMA-D", "SAVEE") for label in EMOTIONS}
+    rows = [
+        (f"{corpus}-{emotion}-{number:03d}.wav", emotion, corpus, f"{corpus} {number % n_speakers}")
+        for (corpus, emotion), count in counts.items()
+        for number in range(count)
+    ]
+    clips = pd.DataFrame(rows, columns=["path", "emotion", "corpus", "speaker"], dtype=object)
+    clips["audio_hash"] = clips.path
+    if n_copies:  # of the clip before it, and of one anywhere
+        clips.loc[1::n_copies, "audio_hash"] = clips.audio_hash[::n_copies].to_numpy()
+        clips.loc[2::n_copies, "audio_hash"] = np.roll(clips.audio_hash[::n_copies], 7)
+    return clips
+
+
+def test_split_keeps_same_audio_in_one_part() -> None:
+    """By speaker it is refused where two speakers have it, as one of them would be on both sides."""
+    clips = make_table(n_copies=5)
+    assert clips.audio_hash.duplicated().sum() > 40
+    parts = split(clips, replace(TINY, split="random"))
+    assert set(parts) == {"train", "val", "test"}
+    assert parts.groupby(clips.audio_hash).nunique().max() == 1
+    with pytest.raises(
+        UserError, match=r"same audio under two speakers: .* of CREMA-D 0 and .* of CREMA-D 1"
+    ):
+        split(clips, replace(TINY, split="speaker"))
+
+
+def test_split_by_speaker_divides_no_speaker() -> None:
+    """The actors of RAVDESS both speak and sing: one speaker in two corpora."""
+    clips = make_table({("RAVDESS speech", "Sad"): 60, ("RAVDESS song", "Angry"): 60}, n_speakers=12)
+    clips["speaker"] = clips.speaker.str.replace(" speech| song", "", regex=True)
+    for seed in range(3):
+        parts = split(clips, replace(TINY, split="speaker", seed=seed))
+        assert parts.groupby(clips.speaker).nunique().max() == 1
+        sizes = parts.groupby(clips.speaker).first().value_counts().to_dict()
+        assert sizes == {"train": 6, "val": 3, "test": 3}
+
+
+@pytest.mark.parametrize("how", ["random", "speaker"])
+def test_networks_share_the_test_part_and_together_train_on_all_other_clips(how: str) -> None:
+    clips = make_table(n_speakers=20)
+    parts = [split(clips, replace(TINY, split=how), member=member) for member in range(1, 9)]
+    is_test = parts[0] == "test"
+    assert all(((part == "test") == is_test).all() for part in parts)
+    assert (np.any([part == "train" for part in parts], axis=0) == ~is_test).all()
+    assert len({tuple(part) for part in parts}) == 8
+
+
+def test_split_by_speaker_deals_each_corpus_alike_and_keeps_small_ones_in_training() -> None:
+    clips = make_table({("CREMA-D", "Sad"): 40, ("SAVEE", "Sad"): 40, ("TESS", "Angry"): 40})
+    clips.loc[clips.corpus == "TESS", "speaker"] = ["TESS OA", "TESS YA"] * 20
+    parts = split(clips, Config(split="speaker", val_fraction=0.2, test_fraction=0.1))
+    table = clips.groupby(["corpus", parts]).speaker.nunique().unstack(fill_value=0)
+    assert table.loc["CREMA-D"].to_dict() == table.loc["SAVEE"].to_dict() == {"train": 7, "val": 2, "test": 1}
+    assert table.loc["TESS"].to_dict() == {"train": 2, "val": 0, "test": 0}
+
+
+def test_split_at_random_deals_each_class_of_each_corpus_alike() -> None:
+    counts = {("CREMA-D", "Sad"): 200, ("SAVEE", "Sad"): 60, ("SAVEE", "Angry"): 100, ("TESS", "Angry"): 33}
+    clips = make_table(counts)
+    parts = split(clips, Config(val_fraction=0.1, test_fraction=0.2))
+    for (corpus, emotion), count in counts.items():
+        shares = parts[(clips.corpus == corpus) & (clips.emotion == emotion)].value_counts()
+        assert shares["test"] == pytest.approx(0.2 * count, abs=1)
+        assert shares["val"] == pytest.approx(0.1 * count, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("count", "absent"),
+    [(1, ["val", "test"]), (2, ["val", "test"]), (3, ["val"]), (4, [])],
+)
+def test_split_draws_at_least_one_of_three(
+    count: int, absent: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tenth of three clips would be none; of fewer, training gets all, which is told."""
+    clips = make_table({("other", "Angry"): 60, ("other", "Rare"): count})
+    parts = split(clips, Config())
+    assert set(parts[clips.emotion == "Rare"]) == {"train", "val", "test"} - set(absent)
+    lines = [f"warning: no clip of Rare in {part}: too few clips\n" for part in absent]
+    assert capsys.readouterr().err == "".join(lines)
+
+
+@pytest.mark.parametrize("how", ["random", "speaker"])
+def test_folds_test_every_clip_once(how: str) -> None:
+    clips = make_table(n_copies=8 if how == "random" else 0)
+    folds = [split(clips, replace(TINY, split=how), fold=fold, n_folds=5) for fold in range(5)]
+    assert (sum((parts == "test").astype(int) for parts in folds) == 1).all()
+    for parts in folds:
+        assert parts.groupby(clips.audio_hash).nunique().max() == 1
+        assert (parts == "test").mean() == pytest.approx(0.2, abs=0.06)
+        assert (parts == "val").mean() == pytest.approx(0.25, abs=0.12)
+
+
+@pytest.mark.parametrize("rare", [1, 2, 4])
+def test_folds_share_out_what_is_rarer_than_folds_without_a_word(rare: int, capsys: Capture) -> None:
+    """scikit-learn would warn of it."""
+    clips = make_table({("other", "Angry"): 40, ("other", "Sad"): 60, ("other", "Rare"): rare})
+    folds = [split(clips, TINY, fold=fold, n_folds=5) for fold in range(5)]
+    assert (sum((parts == "test").astype(int) for parts in folds) == 1).all()
+    for parts in folds:
+        assert (parts[clips.emotion == "Angry"] == "test").sum() == 8
+    assert set(capsys.readouterr().err.splitlines()) <= {
+        f"warning: no clip of Rare in {part}: too few clips" for part in ("train", "val", "test")
+    }
+
+
+def test_equal_seeds_give_equal_parts_whatever_the_order_of_the_clips() -> None:
+    clips = make_table()
+    parts = split(clips, TINY)
+    shuffled = clips.sample(frac=1, random_state=0)
+    pd.testing.assert_series_equal(split(shuffled, TINY).sort_index(), parts)
+    assert (split(clips, replace(TINY, seed=1)) != parts).sum() > 40
+    without_test = split(clips, replace(TINY, test_fraction=0))
+    assert without_test.value_counts().to_dict() == {"train": 180, "val": 60}
+
+
+BY_SPEAKER = {"split": "speaker"}
+PAIR = {"Sad": 15, "Angry": 15}
+
+
+@pytest.mark.parametrize(
+    ("counts", "n_speakers", "changes", "n_folds", "reason"),
+    [
+        ({"Sad": 9}, 3, {}, 0, "only one class in data, Sad: nothing to tell apart"),
+        ({"Sad": 2, "Angry": 2}, 2, {}, 0, "0 of 4 clips for validation, fewer than"),
+        (dict.fromkeys("ABCDE", 3), 1, {}, 0, "5 classes: outside the test part a class needs three clips"),
+        (PAIR, 3, {}, 31, "folds = 31: each tests clips of its own, and there are only 30"),
+        (PAIR, 4, BY_SPEAKER, 5, "folds = 5: each tests speakers of its own, and there are only 4"),
+        # Of a remedy that is named, each would help.
+        (PAIR, 2, BY_SPEAKER, 0, "not 2 of other: add some, or pass --split random"),
+        (PAIR, 2, BY_SPEAKER, 2, "not 1 of other: add some, or pass --split random"),
+        (PAIR, 3, BY_SPEAKER, 0, "2 of other: add some, pass --test_fraction 0, or pass --split random"),
+        (PAIR, 3, BY_SPEAKER, 3, "2 of other: add some, or pass --split random"),
+        (PAIR, 4, BY_SPEAKER, 2, "2 of other: add some, raise --folds, or pass --split random"),
+        (
+            {"A": 4, "B": 4, "C": 2, "D": 1},
+            4,
+            BY_SPEAKER | {"seed": 2},
+            0,
+            "4 classes: val_fraction = 0.25: raise it or add clips",
+        ),
+        (
+            {"Sad": 3, "Angry": 2},
+            3,
+            BY_SPEAKER | {"test_fraction": 0, "val_fraction": 0.9, "seed": 12},
+            0,
+            "1 of 5 clips for training: lower the fractions",
+        ),
+    ],
+)
+def test_too_small_parts_are_refused_with_the_reason(
+    counts: dict[str, int], n_speakers: int, changes: dict[str, Any], n_folds: int, reason: str
+) -> None:
+    clips = make_table({("other", emotion): count for emotion, count in counts.items()}, n_speakers)
+    with pytest.raises(UserError) as refusal:
+        split(clips, replace(TINY, **changes), n_folds=n_folds)
+    assert reason in str(refusal.value)
+    assert refusal.value.code == 2
+
+
+def test_split_by_speaker_refuses_unknown_speakers() -> None:
+    clips = make_table()
+    clips.loc[:6, "speaker"] = ""
+    with pytest.raises(UserError, match=r"speakers of 7 of 240 clips are not known.*--manifest"):
+        split(clips, replace(TINY, split="speaker"))
+    assert set(split(clips, TINY)) == {"train", "val", "test"}
 
 
 # ---- demo corpus -----------------------------------------------------------------------------------------
