@@ -11,6 +11,7 @@ import struct
 import sys
 import time
 import tracemalloc
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -102,6 +103,18 @@ def test_audio_is_found_at_any_depth_and_junk_is_not(tmp_path: Path) -> None:
         prepare.find_audio(tmp_path / "missing")
 
 
+def test_files_of_other_suffixes_are_counted(tmp_path: Path, capsys: Capture) -> None:
+    """A test clip among them would be missing in a submission; nobody misses a text beside the clips."""
+    touch(
+        tmp_path, "a.wav", "film.avi", "x.WAVE", "note.3ga", "b/song.weba", "read.me", "b/c.aup3", "b/d.aup3"
+    )
+    touch(tmp_path, "labels.csv", "b/README", "b/x.TextGrid", "._b.aup3", ".git/e.aup3")
+    found = [path.name for path in prepare.find_audio(tmp_path)]
+    assert found == ["a.wav", "song.weba", "film.avi", "note.3ga", "x.WAVE"]
+    note = f"note: 3 file(s) whose suffix is not known as audio are left out: {tmp_path}/b/c.aup3\n"
+    assert capsys.readouterr().err == note
+
+
 def test_file_name_tells_corpus_speaker_and_emotion() -> None:
     names = {
         "1001_DFA_ANG_XX": ("CREMA-D", "CREMA-D 1001", "ANG"),
@@ -115,7 +128,7 @@ def test_file_name_tells_corpus_speaker_and_emotion() -> None:
         "OA_bite_neutral": ("TESS", "TESS OA", "neutral"),  # so named in the corpus
         "YAF_youth_ps": ("TESS", "TESS YA", "ps"),
         "sad_speaker03_07": ("demo", "demo 03", "sad"),
-        "02-01-06-01-02-01-12": ("other", "", ""),  # video
+        "02-01-06-01-02-01-12": ("RAVDESS speech", "RAVDESS 12", "06"),  # a film without sound
         "1001_DFA_ANG_XX (copy)": ("other", "", ""),
         "16b10Xd": ("other", "", ""),
     }
@@ -128,13 +141,12 @@ def config_of(root: Path, **changes: Any) -> Config:
 
 
 def test_clips_are_those_in_class_folders_by_file_name(tmp_path: Path, capsys: Capture) -> None:
-    """So that the same clips in other folders come in the same order. Other folders are told or passed."""
+    """So that the same clips in other folders come in the same order. Other folders are noted or passed."""
     root = tmp_path / "d"
     names = ["Angry/deep/1001_AAA_ANG_XX.wav", "Sad/1002_A_x.wav", "Angry/z.wav", "Sad/z.wav"]
     touch(root, *reversed(names), "stray.wav", "Empty/readme.txt")
-    touch(root, "TEST/c.wav", ".git/d.wav", "__MACOSX/e.wav", "held/f.wav")
-    (root / "Held").symlink_to(root / "held", target_is_directory=True)
-    table = find_clips(config_of(root, test_dir=str(root / "held")))
+    touch(root, "TEST/c.wav", ".git/d.wav", "__MACOSX/e.wav")
+    table = find_clips(config_of(root))
     assert list(table.path[table.left_out != ""]) == [str(root / "stray.wav")]
     table = table[table.left_out == ""]
     assert list(table.path) == [str(root / name) for name in names]
@@ -142,8 +154,30 @@ def test_clips_are_those_in_class_folders_by_file_name(tmp_path: Path, capsys: C
     assert list(table.speaker) == ["CREMA-D 1001", "", "", ""]
     err = capsys.readouterr().err
     assert f"1 clip(s) that neither manifest, folder nor name label are left out: {root}/stray" in err
-    assert f"class folder {root / 'Empty'} has no clips: left out" in err
-    assert err.count("\n") == 2
+    assert f"note: folder {root / 'Empty'} has no clips: left out" in err
+    assert f"note: {root / 'TEST'} holds the clips to label: not used here" in err
+    assert err.count("\n") == 3
+
+
+@pytest.mark.parametrize("held", ["held", "Angry/held", "Angry/deep/held", "link"])
+def test_clips_below_the_test_folder_are_not_trained_on(held: str, tmp_path: Path, capsys: Capture) -> None:
+    """Wherever it lies; but for those that the manifest labels."""
+    root = tmp_path / "d"
+    touch(root, "Angry/a.wav", "Sad/b.wav", *(f"{held}/{name}.wav" for name in ("x", "sub/y", "z")))
+    if held == "link":
+        (root / "link").rename(root / "Sad" / "real")
+        (root / "link").symlink_to("Sad/real", target_is_directory=True)
+    cfg = config_of(root, test_dir=str(root / held))
+    assert list(find_clips(cfg).path) == [str(root / name) for name in ("Angry/a.wav", "Sad/b.wav")]
+    note = f"note: {root / held} holds the clips to label: not used here\n"
+    assert note in capsys.readouterr().err
+    (root / "manifest.csv").write_text(f"filename,emotion,speaker\n{held}/x.wav,joy,\n{held}/z.wav,,Ann\n")
+    found = find_clips(cfg)
+    assert {Path(path).name: emotion for path, emotion in zip(found.path, found.emotion, strict=True)} == {
+        "a.wav": "Angry",
+        "b.wav": "Sad",
+        "x.wav": "joy",
+    }
 
 
 @pytest.mark.parametrize(
@@ -151,8 +185,8 @@ def test_clips_are_those_in_class_folders_by_file_name(tmp_path: Path, capsys: C
     [
         (None, "no data folder"),
         (["a.wav", "Test/b.wav"], "no clips in .*: expected one folder per emotion"),
-        (["a\rb/a.wav"], "carriage return"),
-        ([os.fsdecode(b"\xff\xfe/a.wav")], "not UTF-8"),
+        ([], "no clips in"),
+        (["Angry/a.wav", "Angry/b\r/c.wav", "Mine/d.wav"], "Mine in .*: no emotions that we know"),
         (
             ["train/a.wav", "Validation/b.wav"],
             "Validation, train in .*: no emotions that we know, nor do names as b.wav tell one",
@@ -166,16 +200,118 @@ def test_clips_are_those_in_class_folders_by_file_name(tmp_path: Path, capsys: C
             "class folders are not in .* but in audio: pass --data_dir",
         ),
         (
+            ["data/audio/Angry/a.wav", "data/audio/Sad/b.wav"],
+            "but in data/audio: pass --data_dir .*d/data/audio$",
+        ),
+        (
+            ["neutral/a.wav", "positive/b.wav", "negative/b.wav"],
+            "negative, positive in .*--labels_from folders",
+        ),
+        (["neutral/a.wav", "stressed/b.wav"], "stressed in .*: no emotions that we know"),
+        (
             ["dataset/Angry/1001_DFA_ANG_XX.wav", "dataset/Sad/b.wav", "demo/x.wav"],
             "pass --data_dir .*d/dataset$",
         ),
     ],
 )
 def test_data_folder_without_classes_is_refused(names: Any, message: str, tmp_path: Path) -> None:
-    touch(tmp_path, *(f"d/{name}" for name in names or []))
+    if names is not None:
+        (tmp_path / "d").mkdir()
+        touch(tmp_path, *(f"d/{name}" for name in names))
     with pytest.raises(UserError, match=message) as error:
         find_clips(config_of(tmp_path / "d"))
     assert error.value.code == 2
+
+
+def test_speaker_folders_around_emotion_folders_are_understood(tmp_path: Path, capsys: Capture) -> None:
+    """As ESD and CASIA are laid out, under whatever folders; the parts of a data set are no speakers."""
+    for prefix in ("", "ESD/", "data/0.0/"):
+        root = tmp_path / f"d{prefix.count('/')}"
+        names = [
+            f"{prefix}{speaker}/{emotion}/x.wav" for speaker in ("01", "02") for emotion in ("Angry", "Sad")
+        ]
+        touch(root, *names, f"{prefix}01/Happy/train/y.wav", f"{prefix}01/z.wav", f"{prefix}train/Sad/w.wav")
+        found = find_clips(config_of(root))
+        rows = sorted(zip(found.emotion, found.speaker, strict=True))
+        assert rows == [
+            ("", ""),
+            *itertools.product(["Angry"], ["01", "02"]),
+            ("Happy", "01"),
+            ("Sad", ""),
+            *itertools.product(["Sad"], ["01", "02"]),
+        ]
+        assert list(found.path[found.left_out == "no label"]) == [f"{root}/{prefix}01/z.wav"]
+        assert (
+            "note: taken as speakers, since folders of emotions are in them: 01, 02\n"
+            in capsys.readouterr().err
+        )
+
+
+def test_folders_that_are_no_emotions_beside_some_that_are_are_left_out(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    """Those of ones own classes can be had; Excited is an emotion, if not of any corpus that names tell."""
+    root = tmp_path / "d"
+    touch(root, "Angry/a.wav", "Sad/b.wav", "Happy/c.wav", "Excited/e.wav", "Contempt/f.wav")
+    touch(root, "#recycle/x.wav", "backup/Angry/a.wav", "backup/Sad/b.wav")
+    found = find_clips(config_of(root))
+    assert sorted(found.emotion[found.left_out == ""]) == ["Angry", "Contempt", "Excited", "Happy", "Sad"]
+    assert (found.left_out == "no label").sum() == 3
+    note = (
+        f"note: #recycle, backup in {root}: no emotions that we know: left out (--labels_from folders makes"
+    )
+    assert note in capsys.readouterr().err
+    assert {"#recycle", "backup"} < set(find_clips(config_of(root, labels_from="folders")).emotion)
+
+
+def test_films_of_ravdess_are_used_without_those_that_have_no_sound(tmp_path: Path, capsys: Capture) -> None:
+    """As downloaded, half of them have none."""
+    for actor, code in itertools.product(("01", "02"), ("03", "04")):
+        touch(
+            tmp_path / "d", *(f"Actor_{actor}/{kind}-01-{code}-01-01-01-{actor}.mp4" for kind in ("01", "02"))
+        )
+    found = find_clips(config_of(tmp_path / "d"))
+    emotions = found.groupby("left_out").emotion.agg("".join).to_dict()
+    assert emotions == dict.fromkeys(("", "silent film"), "HappyHappySadSad")
+    assert "note: 4 film(s) without sound, by their names, are left out: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("folders", "name"),
+    [
+        (["Angry", "Angry ", " angry"], "Angry"),
+        (
+            ["Angry", "Angry (1)", "Angry - Copy", "Angry - Copy (2)", "anger copy 2", "Copy of Angry"],
+            "Angry",
+        ),
+        (["Angry (1)"], "Angry"),
+        ([unicodedata.normalize(form, "überglücklich") for form in ("NFC", "NFD")], "überglücklich"),
+        (["Suprised", "Suprised ", "suprised"], "Suprised"),
+    ],
+)
+def test_folders_of_one_meaning_are_one_class(
+    folders: list[str], name: str, tmp_path: Path, capsys: Capture
+) -> None:
+    root = tmp_path / "d"
+    touch(root, *(f"{folder}/{k}.wav" for k, folder in enumerate([*folders, folders[0]])), "Calm/x.wav")
+    labels_from = "folders" if name.startswith("ü") else "auto"
+    assert set(find_clips(config_of(root, labels_from=labels_from)).emotion) == {name, "Calm"}
+    err = capsys.readouterr().err
+    assert err.startswith(f"note: class {name} is spelled ")
+    assert err.count(" and ") == len(folders) - 1
+
+
+def test_numbers_of_ones_own_classes_are_no_copies(tmp_path: Path) -> None:
+    touch(tmp_path / "d", "level (1)/a.wav", "level (2)/b.wav")
+    found = find_clips(config_of(tmp_path / "d", labels_from="folders"))
+    assert set(found.emotion) == {"level (1)", "level (2)"}
+
+
+@pytest.mark.parametrize(("name", "message"), [(b"a\rb", "carriage return"), (b"\xff\xfe", "not UTF-8")])
+def test_class_that_no_csv_can_hold_is_refused(name: bytes, message: str, tmp_path: Path) -> None:
+    touch(tmp_path, f"d/{os.fsdecode(name)}/a.wav")
+    with pytest.raises(UserError, match=message):
+        find_clips(config_of(tmp_path / "d", labels_from="folders"))
 
 
 # Files of the corpora as their authors lay them out, and what they mean.
@@ -225,10 +361,10 @@ def test_corpora_as_they_come_are_labelled_by_file_name(tmp_path: Path, capsys: 
     assert "Surprised" not in set(found.emotion)
     assert found.left_out.value_counts().to_dict() == {"": 24, "extra label": 2, "copy": 4, "no label": 1}
     err = capsys.readouterr().err.splitlines()
-    assert len(err) == 9  # one for each corpus, and three of what is left out
+    assert len(err) == 10  # one for each corpus, three of what is left out, and one of Test
     assert (
         "note: EmoDB: labels from file names, not folders (--labels_from folders): A = Fearful, E = Disgusted"
-        in err[1]
+        in err[2]
     )
     assert err[-2].startswith(
         "note: 2 clip(s) of calm or boredom are left out (--extra_labels keep takes them)"
@@ -314,7 +450,7 @@ def test_labels_of_folders_can_be_had_whatever_the_names(tmp_path: Path, capsys:
         in capsys.readouterr().err
     )
     assert set(find_clips(replace(cfg, labels_from="folders")).emotion) == {"Fearful", "Sad"}
-    assert capsys.readouterr().err == "note: fear and Fearful are one class, Fearful\n"
+    assert capsys.readouterr().err == "note: class Fearful is spelled 'Fearful' and 'fear'\n"
 
 
 def test_labels_of_ones_own_are_taken_where_asked_for(tmp_path: Path) -> None:
@@ -326,8 +462,8 @@ def test_manifest_tells_speakers(tmp_path: Path) -> None:
     root, table = tmp_path / "d", tmp_path / "speakers.csv"
     touch(root, "Sad/NA.wav", "Sad/x/1001_AAA_SAD_XX.wav", "Happy/, é.wav", "Happy/b.wav", "Sad/KL_sa15.wav")
     table.write_text(
-        "\ufeffspeaker,more,filename\nNA,,Sad/NA.wav\n001,1,Sad/x/1001_AAA_SAD_XX.wav\n"
-        '" é",,"Happy/, é.wav"\n001,again,Sad/x/1001_AAA_SAD_XX.wav\n',
+        "\ufeffspeaker,filename\nNA,Sad/NA.wav\n001,Sad/x/1001_AAA_SAD_XX.wav\n"
+        '" é","Happy/, é.wav"\n001,Sad/x/1001_AAA_SAD_XX.wav\n',
         encoding="utf-8",
     )
     clips = find_clips(config_of(root, manifest=str(table)))
@@ -337,11 +473,12 @@ def test_manifest_tells_speakers(tmp_path: Path) -> None:
 
 
 def test_manifest_tells_emotions(tmp_path: Path, capsys: Capture) -> None:
-    """Of own clips beside a corpus and class folders; it lies in the data folder."""
+    """Of own clips beside a corpus and class folders; it lies in the data folder. A row may tell one."""
     cfg = lay_out(tmp_path / "d", "CREMA-D", lambda *_: "AudioWAV")
     touch(tmp_path / "d", "me/1.wav", "me/2.wav", "me/3.wav", "4.wav", "Sad/5.wav", "Sad/6.wav")
     (tmp_path / "d" / "manifest.csv").write_text(
-        "filename,emotion,speaker,mood\nme/1.wav,joy,Ann,x\nme/2.wav,Proud,,\n4.wav,anger,Bob,\nSad/6.wav,joy,,\n"
+        "filename,emotion, speaker\nme/1.wav,joy,Ann\nme/2.wav,Proud,\n4.wav,anger,Bob\n"
+        "Sad/6.wav,joy,\nSad/5.wav,,Eve\n"
     )
     found = find_clips(cfg)
     own = found[(found.corpus == "other") & (found.left_out == "")]
@@ -351,12 +488,12 @@ def test_manifest_tells_emotions(tmp_path: Path, capsys: Capture) -> None:
         "1.wav": ("joy", "Ann"),
         "2.wav": ("Proud", ""),
         "4.wav": ("anger", "Bob"),
-        "5.wav": ("Sad", ""),
+        "5.wav": ("Sad", "Eve"),
         "6.wav": ("joy", ""),
     }
     assert set(found.emotion[found.corpus == "CREMA-D"]) == {"anger", "joy", "Sad"}
     assert list(found.path[found.left_out == "no label"]) == [str(tmp_path / "d/me/3.wav")]
-    assert "14 clips that the manifest does not label are used where folder" in capsys.readouterr().err
+    assert "14 clips that the manifest does not label are used if folder" in capsys.readouterr().err
 
 
 def test_manifest_can_be_the_whole_data_set(tmp_path: Path) -> None:
@@ -372,17 +509,35 @@ def test_manifest_can_be_the_whole_data_set(tmp_path: Path) -> None:
     assert set(found.left_out) == {"", "no label"}
 
 
+@pytest.mark.parametrize("disk", ["NFC", "NFD"])
+def test_manifest_names_files_in_any_form(disk: Any, tmp_path: Path) -> None:
+    """Absolute ones too, through a link or not, and those on the disk of a Mac, in another Unicode form."""
+    root, link, table = tmp_path / "d", tmp_path / "link", tmp_path / "t.csv"
+    names = [f"é/Ä{k}.wav" for k in range(5)]
+    touch(root, *(unicodedata.normalize(disk, name) for name in names))
+    link.symlink_to(root, target_is_directory=True)
+    written = [names[0], f" ./x/../{unicodedata.normalize('NFD', names[1])} "]
+    written += [f"{root}/{names[2]}", f"{link}/{names[3]}"]
+    table.write_text("filename,emotion\n" + "\n".join(f"{name},Sad" for name in written) + "\n", "utf-8")
+    link = link / ".." / "link"
+    found = find_clips(config_of(link, manifest=str(table), labels_from="manifest"))
+    used = found[found.left_out == ""]
+    assert list(used.path) == [str(link / unicodedata.normalize(disk, name)) for name in names[:4]]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"\xff\xfe\x00", "decode"),
-        (b"path,who\na.wav,x\n", "header with filename and emotion or speaker, has path, who"),
+        (b"path,who\na.wav,x\n", "header with filename and emotion or speaker .* has path, who"),
+        (b"filename\na.wav\n", "header with filename and emotion or speaker .* has filename"),
+        (b"filename,emotion,split\na.wav,Sad,test\n", "and no more, has filename, emotion, split"),
         (b"filename,emotion\na.wav,x\n./a.wav,y\n", "says two things of .*a.wav"),
-        (b"filename,emotion,speaker\na.wav,,y\n", "line 2: needs filename and emotion"),
-        (b"filename,speaker\na.wav,x\n,y\n", "line 3: needs filename and speaker"),
+        (b"filename,emotion,speaker\na.wav,,\n", "line 2: needs filename, and emotion or speaker"),
+        (b"filename,speaker\na.wav,x\n,y\n", "line 3: needs filename, and emotion or speaker"),
         (b"filename,emotion\na.wav,Sad,very\n", "loss of data"),
-        (b"filename,speaker\n/etc/hosts,x\n", "/etc/hosts.* is no file in"),
-        (b"filename,speaker\nb/../../a.wav,x\n", "is no file in"),
+        (b"filename,speaker\n/etc/hosts,x\n", "line 2: '/etc/hosts' lies outside"),
+        (b"filename,speaker\nb/../../a.wav,x\n", "lies outside"),
         (b"filename,speaker\nb.wav,x\n", "b.wav.* is no file in"),
     ],
 )
