@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import unicodedata
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -55,8 +56,14 @@ FloatArray: TypeAlias = npt.NDArray[np.float32]
 
 # What libsndfile reads, and what ffmpeg does besides.
 AUDIO_SUFFIXES = frozenset(
-    ".wav .flac .ogg .oga .opus .mp3 .aiff .aif .au .caf "
-    ".m4a .m4b .mp4 .mov .mkv .aac .wma .webm .amr .3gp".split()
+    ".wav .wave .bwf .rf64 .w64 .flac .ogg .oga .opus .spx .mp3 .mp2 .mpga .aiff .aif .aifc .au .snd .caf "
+    ".voc .sph .m4a .m4b .m4r .mp4 .m4v .mov .mkv .mka .avi .flv .f4v .mpg .mpeg .mts .ogv .wmv .asf .rm .ra "
+    ".aac .ac3 .eac3 .dts .wma .webm .weba .amr .awb .gsm .3gp .3ga .3g2 .ape .wv .tta .mpc".split()
+)
+# What lies beside clips, and nobody misses.
+_OTHER_SUFFIXES = frozenset(
+    ".csv .tsv .txt .md .json .xml .html .pdf .doc .docx .xls .xlsx .png .jpg .jpeg .db .ini .lab .textgrid "
+    ".py .ipynb".split()
 )
 
 # What the emotions are called: in words, as TESS and folders do, and in the codes of CREMA-D, RAVDESS, SAVEE
@@ -71,17 +78,23 @@ _NAMES = {
     "Surprised": "surprised surprise suprised suprise ps 08 su",
     "Calm": "calm 02",
     "Bored": "bored boredom L",
+    "Amused": "amused amusement",
+    "Contempt": "contempt contemptuous",
+    "Excited": "excited excitement",
+    "Frustrated": "frustrated frustration",
 }
 EXTRA_LABELS = frozenset({"Calm", "Bored"})  # that few corpora have
 _BY_CODE = {name: emotion for emotion, names in _NAMES.items() for name in names.split()}
 _BY_WORD = {name.lower(): emotion for name, emotion in _BY_CODE.items() if len(name) > 2}
 
-# How the common corpora name their files, RAVDESS with 01 for a film with sound and 03 for the sound alone. A
-# new one also needs its codes in _NAMES.
+_PARTS = frozenset("train training val valid validation dev eval".split())  # of a data set: no speakers
+
+# How the common corpora name their files, RAVDESS with 01 for a film with sound, 02 for one without, and 03
+# for the sound alone. A new one also needs its codes in _NAMES.
 _CORPORA = {
     "CREMA-D": r"(?P<speaker>1\d{3})_[A-Z]{3}_(?P<code>ANG|DIS|FEA|HAP|NEU|SAD)_(?:LO|MD|HI|XX?)",
-    "RAVDESS speech": r"0[13]-01-(?P<code>0[1-8])-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",
-    "RAVDESS song": r"0[13]-02-(?P<code>0[1-8])-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",
+    "RAVDESS speech": r"0[1-3]-01-(?P<code>0[1-8])-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",
+    "RAVDESS song": r"0[1-3]-02-(?P<code>0[1-8])-\d\d-\d\d-\d\d-(?P<speaker>\d\d)",
     "SAVEE": r"(?P<speaker>DC|JE|JK|KL)_(?P<code>sa|su|a|d|f|h|n)\d\d",
     "EmoDB": r"(?P<speaker>\d\d)[ab]\d\d(?P<code>[AEFLNTW])[a-f]?",
     "TESS": r"(?P<speaker>OA|YA)F?_[a-z]+_(?P<code>angry|disgust|fear|happy|neutral|ps|sad)",
@@ -99,8 +112,11 @@ def is_audio(name: str) -> bool:
     return is_visible(name) and Path(name).suffix.lower() in AUDIO_SUFFIXES
 
 
-def find_audio(folder: Path) -> list[Path]:
-    """The audio files at any depth below a folder, sorted, without hidden files and linked folders.
+def find_audio(*folders: Path, skip: Path | None = None) -> list[Path]:
+    """The audio files at any depth below some folders, sorted.
+
+    Hidden files, links to folders and the folder `skip` are left out. Files of other suffixes are counted in
+    a note, unless they are known to be no audio.
 
     Raises:
         OSError: A folder cannot be listed.
@@ -109,26 +125,32 @@ def find_audio(folder: Path) -> list[Path]:
     def stop(error: OSError) -> None:
         raise error
 
-    found: list[Path] = []
-    for parent, folders, files in os.walk(folder, onerror=stop):
-        folders[:] = filter(is_visible, folders)
-        for link in filter(Path.is_symlink, (Path(parent, name) for name in folders)):
-            note(f"note: {link} is a link to a folder: left out")
-        found += [Path(parent, name) for name in files if is_audio(name)]
-    return sorted(found)
+    files: list[Path] = []
+    for parent, inside, names in itertools.chain(*(os.walk(folder, onerror=stop) for folder in folders)):
+        inside[:] = filter(is_visible, inside)
+        for path in [Path(parent, name) for name in inside]:
+            if path.is_symlink():
+                note(f"note: {path} is a link to a folder: left out")
+            elif path.resolve() == skip:
+                note(f"note: {path} holds the clips to label: not used here")
+                inside.remove(path.name)
+        files += [Path(parent, name) for name in filter(is_visible, names)]
+    others = [path for path in files if path.suffix.lower() not in {"", *AUDIO_SUFFIXES, *_OTHER_SUFFIXES}]
+    if others:
+        note(f"note: {len(others)} file(s) whose suffix is not known as audio are left out: {min(others)}")
+    return sorted(path for path in files if is_audio(path.name))
 
 
 def find_clips(cfg: Config) -> pd.DataFrame:
     """All clips in the data folder, sorted by clip_name, with what is understood of each.
 
-    A clip's label is what the manifest says, else the name of its top folder. File names decide instead where
-    most of those below a folder fit the convention of a corpus and tell something else. Labels of one
-    meaning become one class, spelled as for most clips. Copies of a clip of a corpus are recognised by name.
+    A clip's label is what the manifest says, else what its folder or its name tells. Labels of one meaning
+    become one class, spelled as for most clips. Copies of a clip of a corpus are recognised by name.
 
     Returns:
-        Columns path, emotion, corpus ("other" where no convention fits), speaker ("" where the name does not
-        tell) and left_out: "" for a clip to use, else no label, extra label or copy. The actors of RAVDESS
-        both speak and sing: one speaker in both parts.
+        Columns path, emotion, corpus ("other" where no convention fits), speaker ("" where nothing tells)
+        and left_out: "" for a clip to use, else no label, extra label, silent film or copy. The actors of
+        RAVDESS both speak and sing: one speaker in both parts.
 
     Raises:
         UserError: There is no data folder, no clip, a bad manifest, or the folders are no emotions.
@@ -139,42 +161,59 @@ def find_clips(cfg: Config) -> pd.DataFrame:
     manifest = pd.DataFrame(columns=["emotion", "speaker"])
     if cfg.manifest or (root / "manifest.csv").is_file():
         manifest = read_manifest(Path(cfg.manifest or root / "manifest.csv"), root)
-    clips = _list_clips(cfg, manifest.index[manifest.emotion != ""])
-    told = manifest.reindex(clips.path, fill_value="").reset_index(drop=True)
-    clips["speaker"] = clips.speaker.where(told.speaker == "", told.speaker)
-    clips["by_name"], label = _label(clips, told.emotion, cfg)
-    clips["emotion"] = _spell(label, clips.by_name)
+    clips = _list_clips(cfg, manifest)
+    clips["source"] = _choose_sources(clips, cfg)
+    _check_folders(clips, root)
+    clips["emotion"] = _spell(clips)
     for emotion in sorted(set(clips.emotion)):
         check_csv_name(emotion)
     # By name: the same clips in other folders come in the same order, and so in the same parts.
-    clips["name"] = list(map(clip_name, clips.path))
-    clips = clips.sort_values(["name", "emotion", "path"], ignore_index=True)
-    clips["left_out"] = _leave_out(clips, cfg)
+    clips["file"] = pd.Series(map(clip_name, clips.path), dtype=object)
+    clips = clips.sort_values(["file", "emotion", "path"], ignore_index=True)
+    clips["left_out"] = _why_left_out(clips, cfg)
     _explain(clips)
     if (clips.left_out != "").all():
-        suffixes = " ".join(sorted(AUDIO_SUFFIXES))
-        raise UserError(f"no clips in {root}: expected one folder per emotion with {suffixes}")
+        raise UserError(f"no clips in {root}: expected one folder per emotion with audio files in it")
     return clips[["path", "emotion", "corpus", "speaker", "left_out"]]
 
 
-def _list_clips(cfg: Config, listed: Iterable[str]) -> pd.DataFrame:
-    """Columns path, folder (the top one, "" for none), inner (the one in it) and those of parse_names."""
-    root, found = Path(cfg.data_dir), list[Path]()
-    for path in sorted(root.iterdir()):
-        if not path.is_dir():
-            found += [path] * is_audio(path.name)
-        elif path.name.lower() == "test" or path.resolve() == cfg.test_root.resolve():
-            if any(parse_names(map(str, find_audio(path))).code):  # it could be a part of a corpus
-                note(f"note: {path} holds the clips to label: not used here")
-        elif is_visible(path.name):
-            inside = find_audio(path)
-            found += inside
-            if not inside:
-                note(f"note: class folder {path} has no clips: left out")
-    paths = sorted({*map(str, found), *listed})
-    parents = [(*Path(path).relative_to(root).parts[:-1], "", "") for path in paths]
-    folders = pd.DataFrame([names[:2] for names in parents], columns=["folder", "inner"], dtype=object)
-    return pd.DataFrame({"path": paths}, dtype=object).join(folders).join(parse_names(paths))
+def _list_clips(cfg: Config, manifest: pd.DataFrame) -> pd.DataFrame:
+    """The clips in the data folder, but those in the test folder, sorted by path.
+
+    Returns:
+        Columns path, corpus, speaker and code; the label that each source would give, "" for none: manifest,
+        name, folder (the top one, "." for none) and inner (the outermost folder that is named after an
+        emotion); and around, the path of the folder that holds the inner one.
+    """
+    root, test = Path(cfg.data_dir), cfg.test_root.resolve()
+    tops = [path for path in sorted(root.iterdir()) if path.is_dir() and is_visible(path.name)]
+    for top in list(tops):
+        if top.name.lower() == "test" or top.resolve() == test:
+            note(f"note: {top} holds the clips to label: not used here")
+            tops.remove(top)
+    strays = [path for path in root.iterdir() if is_audio(path.name) and not path.is_dir()]
+    listed = manifest.index[manifest.emotion != ""]
+    paths = sorted({*map(str, [*strays, *find_audio(*tops, skip=test)]), *listed})
+    folders = [Path(path).relative_to(root).parent for path in paths]
+    inner = list(map(_emotion_folder, folders))
+    columns = {"path": paths, "folder": [(*folder.parts, ".")[0] for folder in folders]}
+    columns |= {
+        "inner": [folder.name for folder in inner],
+        "around": [str(folder.parent) for folder in inner],
+    }
+    clips = parse_names(paths).rename(columns={"emotion": "name"}).join(pd.DataFrame(columns, dtype=object))
+    for top in tops:
+        if top.name not in set(clips.folder):
+            note(f"note: folder {top} has no clips: left out")
+    rows = manifest.reindex(paths, fill_value="").reset_index(drop=True)
+    outer = pd.Series([folder.parent.name for folder in inner], dtype=object)
+    speaker = clips.speaker.mask(clips.speaker == "", outer.mask(outer.str.lower().isin(_PARTS), ""))
+    return clips.assign(manifest=rows.emotion, speaker=speaker.mask(rows.speaker != "", rows.speaker))
+
+
+def _emotion_folder(folder: Path) -> Path:
+    """The outermost of a folder and those around it that is named after an emotion, or "."."""
+    return next((path for path in (*folder.parents[::-1], folder) if emotion_of(path.name)), Path())
 
 
 def clip_name(path: str) -> str:
@@ -203,90 +242,101 @@ def parse_names(paths: Iterable[str]) -> pd.DataFrame:
 
 def emotion_of(word: str) -> str:
     """The emotion that a folder or label means, whatever its spelling: Suprised is Surprised. "" for none."""
-    return _BY_WORD.get(re.sub(r"^pleasant[ _-]*", "", word.lower()), "")
+    return _BY_WORD.get(re.sub(r"^pleasant[ _-]*", "", _plain(word).lower()), "")
 
 
 def class_of(label: str) -> str:
     """The emotion that a label means, or else the label in small letters: equal for labels of one class."""
-    return emotion_of(label) or label.lower()
+    return emotion_of(label) or _plain(label).lower()
 
 
-def _label(
-    clips: pd.DataFrame, told: "pd.Series[str]", cfg: Config
-) -> tuple["pd.Series[bool]", "pd.Series[str]"]:
-    """Which clips are labelled by their names, and the label of each; `told` is what the manifest says."""
-    if cfg.labels_from == "manifest":
-        if not any(told):
-            raise UserError("labels_from = 'manifest': pass a --manifest with the columns filename, emotion")
-        return told.map(lambda _: False), told
-    by_name = _names_decide(clips, told, cfg)
-    if cfg.labels_from == "auto":
-        _check_folders(clips.assign(by_name=by_name)[told == ""], Path(cfg.data_dir))
-    if any(told) and (n_more := int((told == "").sum())):
-        note(
-            f"note: {n_more} clips that the manifest does not label are used where folder or name tell the "
-            "label: --labels_from manifest leaves them out"
-        )
-    return by_name, clips.emotion.where(by_name, clips.folder).where(told == "", told)
+def _plain(label: str) -> str:
+    """A label without spaces at its ends, in one Unicode form; Angry of "Angry (1)" and "Copy of Angry"."""
+    name = unicodedata.normalize("NFC", label).strip()
+    pattern = r"^copy of +|[ _-]+\(?copy\)?( *\(?\d+\)?)?$| *\(\d+\)$"
+    original = re.sub(pattern, "", name, flags=re.IGNORECASE)
+    return original if original.lower() in _BY_WORD else name
 
 
-def _names_decide(clips: pd.DataFrame, told: "pd.Series[str]", cfg: Config) -> "pd.Series[bool]":
-    """Which clips are labelled by their names; `told` is what the manifest says of each.
+def _choose_sources(clips: pd.DataFrame, cfg: Config) -> "pd.Series[str]":
+    """What tells the label of each clip: manifest, name, folder, inner (folder) or nothing.
 
-    Folders named after emotions are judged together, each other folder by itself.
+    What the manifest does not say is decided top folder by top folder. Names tell the labels where most of
+    them fit the convention of a corpus and say something else than the folder; of folders named after
+    emotions, all names count together.
     """
-    means = clips.folder.map(emotion_of)
-    by_name = clips.folder == ""
-    if cfg.labels_from == "auto":
-        disagrees = (clips.emotion != "") & (clips.emotion != means)
-        group = clips.folder.where(means == "", "emotions/")  # no folder's name, for its slash
-        by_name |= disagrees.groupby(group).transform("mean") > 0.5
-    # A folder of clips that the manifest labels is no class for the others in it.
-    by_name |= (means == "") & clips.folder.isin(clips.folder[told != ""])
-    return by_name & (told == "") & ((clips.emotion != "") | (means == ""))
+    if cfg.labels_from == "manifest":
+        if not any(clips.manifest):
+            raise UserError("labels_from = 'manifest': pass a --manifest with the columns filename, emotion")
+        return pd.Series("manifest", index=clips.index)
+    meanings = clips.folder.map(emotion_of)
+    differs = (clips.name != "") & (clips.name != meanings)
+    sources = {}
+    for folder, rows in clips.groupby("folder"):
+        is_emotion = emotion_of(folder) != ""
+        if folder == "." or (any(rows.manifest) and not is_emotion):  # a folder of mixed clips is no class
+            sources[folder] = "name"
+        elif cfg.labels_from == "folders":
+            sources[folder] = "folder"
+        elif differs[meanings != "" if is_emotion else rows.index].mean() > 0.5:
+            sources[folder] = "name"
+        elif is_emotion:
+            sources[folder] = "folder"
+        else:  # speaker/emotion/clip, unless emotion/clip stands beside it
+            sources[folder] = "inner" if any(rows.inner) and not any(meanings) else "nothing"
+    source = clips.folder.map(sources).mask(clips.manifest != "", "manifest")
+    return source.mask((source == "name") & (clips.name == "") & (meanings != ""), "folder")
 
 
 def _check_folders(clips: pd.DataFrame, root: Path) -> None:
-    """Refuse folders that hold the class folders, and those of speakers, sessions or parts of a data set.
-
-    These are known by their names, most of which are no emotions.
-    """
-    strange = []
-    for folder, rows in clips[~clips.by_name].groupby("folder"):
-        check_csv_name(folder)
-        if len({*map(emotion_of, rows.inner)} - {""}) > 1:
-            raise UserError(
-                f"the class folders are not in {root} but in {folder}: pass --data_dir {root / folder}"
-            )
-        strange += [folder] * (emotion_of(folder) == "")
-    if 2 * len(strange) > clips.folder[~clips.by_name].nunique():
-        example = Path(clips.path[~clips.by_name & (clips.folder == strange[0])].iloc[0]).name
+    """Refuse folders that all lie in another one, and those that are no emotions if most are such."""
+    inner = clips[(clips.source == "inner") & (clips.inner != "")]
+    if inner.around.nunique() == 1:
+        folder = inner.around.iloc[0]
         raise UserError(
-            f"{', '.join(strange[:5])} in {root}: no emotions that we know, nor do names as {example} tell "
+            f"the class folders are not in {root} but in {folder}: pass --data_dir {root / folder}"
+        )
+    if speakers := sorted(set(inner.speaker) - {""}):
+        note(f"note: taken as speakers, since folders of emotions are in them: {', '.join(speakers)}")
+    unknown = clips[clips.source == "nothing"]
+    names = sorted(set(unknown.folder))
+    if 2 * len(names) >= max(clips.folder.nunique(), 1):
+        example = Path(unknown.path.iloc[0]).name
+        raise UserError(
+            f"{', '.join(names[:5])} in {root}: no emotions that we know, nor do names as {example} tell "
             "one: list the clips in a --manifest, or pass --labels_from folders if these are the classes"
         )
+    if names:
+        text = "no emotions that we know: left out (--labels_from folders makes each folder a class)"
+        note(f"note: {', '.join(names)} in {root}: {text}")
+    if 0 < (n_more := int((clips.source != "manifest").sum())) < len(clips):
+        text = "are used if folder or name tell the label (--labels_from manifest leaves them out)"
+        note(f"note: {n_more} clips that the manifest does not label {text}")
 
 
-def _spell(labels: "pd.Series[str]", by_name: "pd.Series[bool]") -> "pd.Series[str]":
+def _spell(clips: pd.DataFrame) -> "pd.Series[str]":
     """The class of each clip: labels of one meaning are one class, spelled as for most of its clips."""
-    meanings = labels.map(class_of)
-    spelling = labels[~by_name].groupby(meanings).agg(lambda same: same.mode()[0])
-    classes = meanings.map(lambda meaning: spelling.get(meaning, meaning))
-    for label, name in sorted({*zip(labels[~by_name], classes[~by_name], strict=True)}):
-        if label != name:
-            note(f"note: {label} and {name} are one class, {name}")
-    return classes
+    label = pd.Series("", index=clips.index, dtype=object)
+    for source in ("manifest", "name", "folder", "inner"):
+        label = label.mask(clips.source == source, clips[source])
+    meanings, spellings = label.map(class_of), {}
+    for meaning, same in label[clips.source != "name"].groupby(meanings):
+        spellings[meaning] = name = same.map(_plain).mode()[0]
+        if (found := sorted(set(same))) != [name]:
+            note(f"note: class {name} is spelled {' and '.join(map(repr, found))}")
+    return meanings.map(lambda meaning: spellings.get(meaning, meaning))
 
 
-def _leave_out(clips: pd.DataFrame, cfg: Config) -> "pd.Series[str]":
-    """Why each clip, sorted by name, is not used; "" if it is."""
+def _why_left_out(clips: pd.DataFrame, cfg: Config) -> "pd.Series[str]":
+    """Why each clip, sorted by file name, is left out; "" if it is used."""
     reason = pd.Series("", index=clips.index, dtype=object)
     if cfg.extra_labels == "drop":
-        reason[clips.by_name & clips.emotion.map(emotion_of).isin(EXTRA_LABELS)] = "extra label"
+        reason[(clips.source == "name") & clips.emotion.map(emotion_of).isin(EXTRA_LABELS)] = "extra label"
+    reason[clips.corpus.str.startswith("RAVDESS") & clips.file.str.startswith("02-")] = "silent film"
     reason[clips.emotion == ""] = "no label"
     rest = clips[reason == ""]
     # What no convention names is a copy only of the file beside it: a wav and an mp3, say.
-    own = rest.path.where(rest.corpus == "other", rest.name)
+    own = rest.path.where(rest.corpus == "other", rest.file)
     copies = rest.assign(stem=[os.path.splitext(name)[0] for name in own])  # noqa: PTH122
     # The last is the wav beside an mp3.
     reason[rest.index[copies.duplicated(["stem", "emotion"], keep="last")]] = "copy"
@@ -295,14 +345,15 @@ def _leave_out(clips: pd.DataFrame, cfg: Config) -> "pd.Series[str]":
 
 def _explain(clips: pd.DataFrame) -> None:
     """Note what file names were taken to mean, and what is left out."""
-    for corpus, rows in clips[clips.by_name & (clips.left_out == "")].groupby("corpus"):
+    for corpus, rows in clips[(clips.source == "name") & (clips.left_out == "")].groupby("corpus"):
         codes = rows.drop_duplicates("code").sort_values("code")
         text = ", ".join(codes.code + " = " + codes.emotion)
-        instead = ", not folders (--labels_from folders)" if any(rows.folder) else ""
+        instead = ", not folders (--labels_from folders)" if any(rows.folder != ".") else ""
         note(f"note: {corpus}: labels from file names{instead}: {text}")
     for reason, text in {
         "copy": "further copies of clips, by their names, are left out",
         "extra label": "clip(s) of calm or boredom are left out (--extra_labels keep takes them)",
+        "silent film": "film(s) without sound, by their names, are left out",
         "no label": "clip(s) that neither manifest, folder nor name label are left out",
     }.items():
         if len(rows := clips[clips.left_out == reason]):
@@ -323,22 +374,46 @@ def read_manifest(path: Path, root: Path) -> pd.DataFrame:
             table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
     except (OSError, ValueError, Warning) as error:  # ValueError: whatever is no CSV
         raise UserError(f"manifest {path}: {error}") from None
-    table = table.apply(lambda column: column if column.name == "filename" else column.str.strip())
-    known = [name for name in ("emotion", "speaker") if name in table]
-    if "filename" not in table or not known:
-        seen = ", ".join(map(str, table.columns))
-        raise UserError(f"manifest {path}: needs a header with filename and emotion or speaker, has {seen}")
-    for line, (name, value) in enumerate(zip(table.filename, table[known[0]], strict=True), start=2):
-        if not (name and value):
-            raise UserError(f"manifest {path}, line {line}: needs filename and {known[0]}")
-        if ".." in Path(name).parts or Path(name).is_absolute() or not (root / name).is_file():
-            raise UserError(f"manifest {path}, line {line}: {name!r} is no file in {root}")
-    table["filename"] = [str(root / name) for name in table.filename]
-    table = table[["filename", *known]].drop_duplicates().set_index("filename")
+    table = table.rename(columns=str.strip)
+    if not {"filename"} < set(table.columns) <= {"filename", "emotion", "speaker"}:
+        raise UserError(
+            f"manifest {path}: needs a header with filename and emotion or speaker or both, and no more, "
+            f"has {', '.join(table.columns)}"
+        )
+    table = table.reindex(columns=["filename", "emotion", "speaker"], fill_value="")
+    table[["emotion", "speaker"]] = table[["emotion", "speaker"]].apply(lambda column: column.str.strip())
+    paths = []
+    for line, (name, *says) in enumerate(table.itertuples(index=False), start=2):
+        if not (name and any(says)):
+            raise UserError(f"manifest {path}, line {line}: needs filename, and emotion or speaker")
+        try:
+            paths.append(_locate(name, root))
+        except ValueError as error:
+            raise UserError(f"manifest {path}, line {line}: {name!r} {error}") from None
+    table["filename"] = paths
+    table = table.drop_duplicates().set_index("filename")
     if table.index.has_duplicates:
         twice = table.index[table.index.duplicated()][0]
         raise UserError(f"manifest {path}: says two things of {twice}")
-    return table.reindex(columns=["emotion", "speaker"], fill_value="")
+    return table
+
+
+def _locate(name: str, root: Path) -> str:
+    """The path of the clip in `root` with that name, absolute or not, in either Unicode form.
+
+    Raises:
+        ValueError: There is none.
+    """
+    home = Path(os.path.normpath(root.absolute()))
+    path = Path(os.path.normpath(home / name))
+    homes = [folder for folder in (home, root.resolve()) if path.is_relative_to(folder)]
+    if not homes:
+        raise ValueError(f"lies outside {root}")
+    inside = str(path.relative_to(homes[0]))
+    for form in (inside, *(unicodedata.normalize(form, inside.strip()) for form in ("NFC", "NFD"))):
+        if (root / form).is_file():
+            return str(root / form)
+    raise ValueError(f"is no file in {root}")
 
 
 def check_csv_name(name: str) -> None:
@@ -584,8 +659,8 @@ def mfcc_constants(cfg: Config) -> dict[str, Tensor]:
         (..., T) coefficients into first and second derivatives: a Savitzky-Golay filter over nine frames is
         linear, so filtering the identity gives its matrix.
     """
-    import librosa  # noqa: PLC0415 - takes seconds, and a trained model brings its constants along
-    import scipy.fft  # noqa: PLC0415
+    import librosa
+    import scipy.fft
 
     identity = np.eye(cfg.n_frames)
     constants = {
@@ -870,17 +945,17 @@ def _fill(cache: FeatureCache, missing: Mapping[str, FileState], cfg: Config, mf
 MAX_UNREADABLE = 0.1  # of the files: with more, something is wrong with the data as a whole
 
 
-def load_corpus(
-    cfg: Config, mfcc: MFCC, found: pd.DataFrame | None = None, *, min_classes: int = 2
-) -> pd.DataFrame:
-    """Find all labelled clips, unless find_clips has, and extract their features; odd ones go to stderr.
+def load_corpus(cfg: Config, mfcc: MFCC, found: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Find all labelled clips, unless find_clips has, and extract their features.
+
+    Files that cannot be read, or are silent, cut off or doubled, are named on stderr.
 
     Returns:
         A row per readable clip: path, emotion, corpus, speaker, first_window (its id in the cache),
         n_windows, seconds, audio_hash (equal for the same audio) and warning.
 
     Raises:
-        UserError: There are no clips, too many cannot be read, or there are fewer classes than min_classes.
+        UserError: There are no clips, or too many cannot be read.
     """
     found = find_clips(cfg) if found is None else found
     found = found[found.left_out == ""].drop(columns="left_out").reset_index(drop=True)
@@ -894,8 +969,6 @@ def load_corpus(
         )
     for emotion in sorted(set(found.emotion) - set(clips.emotion)):
         note(f"note: class {emotion} has no readable clip: left out")
-    if clips.emotion.nunique() < min_classes:
-        raise UserError(f"only one class in {cfg.data_dir}, {clips.emotion[0]}: nothing to tell apart")
     copies = clips[clips.audio_hash.duplicated(keep=False)]
     for _, group in copies.groupby("audio_hash"):
         if group.emotion.nunique() > 1:
@@ -930,6 +1003,118 @@ def report_files(reasons: Mapping[str, str], verb: str, *, most: int = 20) -> No
         note(f"{verb} {len(reasons)} such files, {len(reasons) - most} of them not shown")
 
 
+# ---- the split -------------------------------------------------------------------------------------------
+
+
+def split(
+    clips: pd.DataFrame, cfg: Config, *, member: int = 1, fold: int = 0, n_folds: int = 0
+) -> "pd.Series[str]":
+    """The part of each clip, train, val or test, drawn at random: all that is fitted is fitted to train.
+
+    The networks of an ensemble have the same test part, but each draws its own clips to validate on, so that
+    several together train on nearly all the others.
+
+    By clip, each class of each corpus is divided alike; by speaker, the speakers of each corpus are, and
+    (without folds) a corpus of fewer than three stays in training as a whole. Clips with the same audio are
+    never divided. The test parts of all folds together hold every clip once. Equal seeds and clips give
+    equal parts.
+
+    Raises:
+        UserError: There is only one class, parts would be too small, or a speaker is not known.
+    """
+    if clips.emotion.nunique() < 2:
+        raise UserError(f"only one class in {cfg.data_dir}, {clips.emotion.iloc[0]}: nothing to tell apart")
+    corpus = clips.corpus.str.split().str[0]  # RAVDESS speech and song share their actors
+    if cfg.split == "speaker":
+        _check_speakers(clips)
+        unit, stratum = clips.speaker, corpus
+    else:
+        unit = clips.groupby("audio_hash")["path"].transform("first")
+        stratum = corpus + " " + clips.emotion
+    strata = stratum.groupby(unit).first()
+    # By file name, so that the same clips in other folders get the same parts.
+    strata = strata.loc[sorted(strata.index, key=lambda name: (clip_name(name), name))]
+    test = _draw_fold(strata, cfg, fold, n_folds) if n_folds else _draw(strata, cfg.test_fraction, cfg.seed)
+    rest = strata.drop(test)
+    fraction = cfg.val_fraction * (1 if n_folds else len(strata) / max(len(rest), 1))
+    val = _draw(rest, fraction, member_seed(cfg, member))
+    part = pd.Series("train", index=strata.index)
+    part[test], part[val] = "test", "val"
+    parts = unit.map(part)
+    _check_parts(clips.assign(corpus=corpus, part=parts), cfg, member, n_folds)
+    return parts
+
+
+def member_seed(cfg: Config, member: int) -> int:
+    """The seed of a network of the ensemble, which are counted from 1."""
+    return cfg.seed * 1000 + member
+
+
+def _check_speakers(clips: pd.DataFrame) -> None:
+    """Refuse clips that cannot be divided by speaker."""
+    if unknown := int((clips.speaker == "").sum()):
+        raise UserError(
+            f"split = speaker: the speakers of {unknown} of {len(clips)} clips are not known: name files as "
+            "RAVDESS, CREMA-D, TESS, SAVEE or EmoDB do, or pass --manifest"
+        )
+    shared = clips[clips.groupby("audio_hash").speaker.transform("nunique") > 1].sort_values("audio_hash")
+    if len(shared):
+        names = " and ".join(f"{clip.path} of {clip.speaker}" for clip in shared[:2].itertuples())
+        raise UserError(f"split = speaker: the same audio under two speakers: {names}: remove one")
+
+
+def _draw(strata: "pd.Series[str]", fraction: float, seed: int) -> "pd.Index[str]":
+    """Draw a fraction of each stratum, at least one of three or more, none of fewer."""
+    drawn: list[str] = []
+    for _, stratum in strata.groupby(strata):
+        if fraction and len(stratum) > 2:
+            size = min(max(1, round(fraction * len(stratum))), len(stratum) - 1)
+            drawn += stratum.sample(size, random_state=seed % 2**32).index.tolist()
+    return pd.Index(drawn, dtype=object)
+
+
+def _draw_fold(strata: "pd.Series[str]", cfg: Config, fold: int, n_folds: int) -> "pd.Index[str]":
+    """One of n_folds equal shares of each stratum; of one that is smaller, some folds have none."""
+    from sklearn.model_selection import StratifiedKFold
+
+    if n_folds > len(strata):
+        unit = {"random": "clip", "speaker": "speaker"}[cfg.split]
+        raise UserError(f"folds = {n_folds}: each tests {unit}s of its own, and there are only {len(strata)}")
+    is_small = strata.map(strata.value_counts()) < n_folds
+    shared = strata.mask(is_small, "rest")
+    if is_small.sum() < n_folds:  # too few for a stratum of their own
+        shared = shared.mask(is_small, shared.mode()[0])
+    splitter = StratifiedKFold(n_folds, shuffle=True, random_state=cfg.seed)
+    return strata.index[list(splitter.split(strata, shared))[fold][1]]
+
+
+def _check_parts(clips: pd.DataFrame, cfg: Config, member: int, n_folds: int) -> None:
+    """Refuse parts that are too small; `clips` with the part of each, and what counts as its corpus."""
+    sizes, n_classes = clips.part.value_counts(), clips.emotion.nunique()
+    if (n_val := sizes.get("val", 0)) < n_classes:
+        rest = clips[clips.part != "test"]
+        speakers = rest.groupby("corpus").speaker.nunique()
+        why = f"val_fraction = {cfg.val_fraction}: raise it or add clips"
+        if cfg.split == "speaker" and speakers.max() < 3:
+            here = ", ".join(f"{number} of {corpus}" for corpus, number in speakers.items())
+            why = f"it needs three speakers of one corpus outside the test part, not {here}: add some"
+            if clips.groupby("corpus").speaker.nunique().max() > (3 if n_folds else 2):
+                why += ", raise --folds" if n_folds else ", pass --test_fraction 0"
+            why += ", or pass --split random"
+        elif cfg.split == "random" and rest.groupby(["corpus", "emotion"]).size().max() < 3:
+            why = "outside the test part a class needs three clips: add clips"
+        raise UserError(
+            f"network {member}: {n_val} of {len(clips)} clips for validation, "
+            f"fewer than the {n_classes} classes: {why}"
+        )
+    if (n_train := sizes.get("train", 0)) < 2:
+        raise UserError(f"{n_train} of {len(clips)} clips for training: lower the fractions")
+    for part in ("train", "val", "test"):
+        absent = set(clips.emotion) - set(clips.emotion[clips.part == part])
+        if absent and part in sizes and member == 1:  # one warning is enough
+            note(f"warning: no clip of {', '.join(sorted(absent))} in {part}: too few clips")
+
+
 # ---- demo corpus -----------------------------------------------------------------------------------------
 #
 # Synthetic speech-like clips to try the pipeline with: a buzz through three resonances, in syllables. What a
@@ -950,7 +1135,7 @@ EMOTIONS = {
 
 def synthesize(emotion: str, voice: float, rng: np.random.Generator, rate: int = 22050) -> FloatArray:
     """A synthetic utterance, (n,) float32 in [-1, 1], 1.5 to 3.5 s long; `voice`: semitones above 100 Hz."""
-    from scipy import signal as dsp  # noqa: PLC0415
+    from scipy import signal as dsp
 
     pitch, slope, level, tempo = EMOTIONS[emotion] + rng.normal(0, [1.5, 1.6, 2.0, 0.4])
     seconds = np.arange(int(rng.uniform(1.5, 3.5) * rate)) / rate

@@ -84,12 +84,10 @@ from model import (
     load_checkpoint,
     load_tensors,
     load_weights,
-    member_seed,
     resolve_device,
     save_checkpoint,
     save_tensors,
     short_hashes,
-    split,
 )
 from prepare import (
     MFCC,
@@ -98,7 +96,9 @@ from prepare import (
     clip_name,
     load_corpus,
     make_demo,
+    member_seed,
     mfcc_constants,
+    split,
     start_child,
 )
 
@@ -1358,7 +1358,7 @@ def evaluate_folder(cfg: Config, folder: str, path: Path) -> None:
     own = {name: getattr(cfg, name) for name in RUNTIME_FIELDS | {"labels_from", "extra_labels"}}
     own |= {"data_dir": folder, "checkpoint": str(path), "run_dir": f"{cfg.run_dir}/evaluate_{name}"}
     cfg = replace(checkpoint.config, **own)
-    found = load_corpus(cfg, model.mfcc, min_classes=1)
+    found = load_corpus(cfg, model.mfcc)
     spelling = {class_of(label): label for label in checkpoint.labels}  # Suprised is Surprised
     clips = found.assign(emotion=[spelling.get(class_of(name), name) for name in found.emotion])
     clips = clips[clips.emotion.isin(checkpoint.labels)]

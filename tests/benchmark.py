@@ -39,7 +39,6 @@ from model import (
     EmotionCNNGRU,
     EmotionEnsemble,
     save_checkpoint,
-    split,
 )
 from prepare import (
     MFCC,
@@ -51,6 +50,7 @@ from prepare import (
     load_features,
     make_demo,
     mfcc_constants,
+    split,
 )
 from train import class_weights, describe_split, fit, make_loader
 

@@ -28,8 +28,7 @@ sys.path.insert(0, str(REPO))
 
 from config import Config, UserError, make_parser, parse, run
 from inference import Recognizer
-from model import split
-from prepare import AudioError, FloatArray, load_corpus
+from prepare import AudioError, FloatArray, load_corpus, split
 from train import calibration_error
 
 Change: TypeAlias = Callable[[FloatArray, np.random.Generator], FloatArray]  # of a wave at RATE

@@ -1,4 +1,4 @@
-"""Split, dataset, augmentation, network, ensemble, and the checkpoint file: damaged or hostile ones too."""
+"""Dataset, augmentation, network, ensemble, and the checkpoint file: damaged or hostile ones too."""
 
 import copy
 import os
@@ -32,7 +32,6 @@ from model import (
     resolve_device,
     save_checkpoint,
     save_tensors,
-    split,
 )
 from prepare import ClipFeatures, FeatureCache
 from tests.conftest import EMOTIONS, TINY, Trained, make_mfcc, tiny_config
@@ -53,160 +52,6 @@ def make_network(cfg: Config = TINY_CFG, seed: int = 0) -> EmotionCNNGRU:
 def noise(n_clips: int, n_frames: int, cfg: Config = TINY_CFG) -> Tensor:
     """Features (n_clips, n_features, n_frames) without a pattern."""
     return torch.randn(n_clips, cfg.n_features, n_frames, generator=torch.Generator().manual_seed(1))
-
-
-# ---- split -----------------------------------------------------------------------------------------------
-
-
-def make_table(
-    counts: dict[tuple[str, str], int] | None = None, n_speakers: int = 10, n_copies: int = 0
-) -> pd.DataFrame:
-    """Clips as load_corpus gives them, so many of each (corpus, emotion); two of n_copies are copies."""
-    counts = counts or {(corpus, label): 40 for corpus in ("CREMA-D", "SAVEE") for label in EMOTIONS}
-    rows = [
-        (f"{corpus}-{emotion}-{number:03d}.wav", emotion, corpus, f"{corpus} {number % n_speakers}")
-        for (corpus, emotion), count in counts.items()
-        for number in range(count)
-    ]
-    clips = pd.DataFrame(rows, columns=["path", "emotion", "corpus", "speaker"], dtype=object)
-    clips["audio_hash"] = clips.path
-    if n_copies:  # of the clip before it, and of one anywhere
-        clips.loc[1::n_copies, "audio_hash"] = clips.audio_hash[::n_copies].to_numpy()
-        clips.loc[2::n_copies, "audio_hash"] = np.roll(clips.audio_hash[::n_copies], 7)
-    return clips
-
-
-def test_split_keeps_same_audio_in_one_part() -> None:
-    """By speaker it is refused where two speakers have it, as one of them would be on both sides."""
-    clips = make_table(n_copies=5)
-    assert clips.audio_hash.duplicated().sum() > 40
-    parts = split(clips, replace(TINY_CFG, split="random"))
-    assert set(parts) == {"train", "val", "test"}
-    assert parts.groupby(clips.audio_hash).nunique().max() == 1
-    with pytest.raises(
-        UserError, match=r"same audio under two speakers: .* of CREMA-D 0 and .* of CREMA-D 1"
-    ):
-        split(clips, replace(TINY_CFG, split="speaker"))
-
-
-def test_split_by_speaker_divides_no_speaker() -> None:
-    """The actors of RAVDESS both speak and sing: one speaker in two corpora."""
-    clips = make_table({("RAVDESS speech", "Sad"): 60, ("RAVDESS song", "Angry"): 60}, n_speakers=12)
-    clips["speaker"] = clips.speaker.str.replace(" speech| song", "", regex=True)
-    for seed in range(3):
-        parts = split(clips, replace(TINY_CFG, split="speaker", seed=seed))
-        assert parts.groupby(clips.speaker).nunique().max() == 1
-        sizes = parts.groupby(clips.speaker).first().value_counts().to_dict()
-        assert sizes == {"train": 6, "val": 3, "test": 3}
-
-
-@pytest.mark.parametrize("how", ["random", "speaker"])
-def test_networks_share_the_test_part_and_together_train_on_all_other_clips(how: str) -> None:
-    clips = make_table(n_speakers=20)
-    parts = [split(clips, replace(TINY_CFG, split=how), member=member) for member in range(1, 9)]
-    is_test = parts[0] == "test"
-    assert all(((part == "test") == is_test).all() for part in parts)
-    assert (np.any([part == "train" for part in parts], axis=0) == ~is_test).all()
-    assert len({tuple(part) for part in parts}) == 8
-
-
-def test_split_by_speaker_deals_each_corpus_alike_and_keeps_small_ones_in_training() -> None:
-    clips = make_table({("CREMA-D", "Sad"): 40, ("SAVEE", "Sad"): 40, ("TESS", "Angry"): 40})
-    clips.loc[clips.corpus == "TESS", "speaker"] = ["TESS OA", "TESS YA"] * 20
-    parts = split(clips, Config(split="speaker", val_fraction=0.2, test_fraction=0.1))
-    table = clips.groupby(["corpus", parts]).speaker.nunique().unstack(fill_value=0)
-    assert table.loc["CREMA-D"].to_dict() == table.loc["SAVEE"].to_dict() == {"train": 7, "val": 2, "test": 1}
-    assert table.loc["TESS"].to_dict() == {"train": 2, "val": 0, "test": 0}
-
-
-def test_split_at_random_deals_each_class_of_each_corpus_alike() -> None:
-    counts = {("CREMA-D", "Sad"): 200, ("SAVEE", "Sad"): 60, ("SAVEE", "Angry"): 100, ("TESS", "Angry"): 33}
-    clips = make_table(counts)
-    parts = split(clips, Config(val_fraction=0.1, test_fraction=0.2))
-    for (corpus, emotion), count in counts.items():
-        shares = parts[(clips.corpus == corpus) & (clips.emotion == emotion)].value_counts()
-        assert shares["test"] == pytest.approx(0.2 * count, abs=1)
-        assert shares["val"] == pytest.approx(0.1 * count, abs=1)
-
-
-@pytest.mark.parametrize(
-    ("count", "absent"),
-    [(1, ["val", "test"]), (2, ["val", "test"]), (3, ["val"]), (4, [])],
-)
-def test_split_draws_at_least_one_of_three(
-    count: int, absent: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A tenth of three clips would be none; of fewer, training gets all, which is told."""
-    clips = make_table({("other", "Angry"): 60, ("other", "Rare"): count})
-    parts = split(clips, Config())
-    assert set(parts[clips.emotion == "Rare"]) == {"train", "val", "test"} - set(absent)
-    lines = [f"warning: no clip of Rare in {part}: too few clips\n" for part in absent]
-    assert capsys.readouterr().err == "".join(lines)
-
-
-@pytest.mark.parametrize("how", ["random", "speaker"])
-def test_folds_test_every_clip_once(how: str) -> None:
-    clips = make_table(n_copies=8 if how == "random" else 0)
-    folds = [split(clips, replace(TINY_CFG, split=how), fold=fold, n_folds=5) for fold in range(5)]
-    assert (sum((parts == "test").astype(int) for parts in folds) == 1).all()
-    for parts in folds:
-        assert parts.groupby(clips.audio_hash).nunique().max() == 1
-        assert (parts == "test").mean() == pytest.approx(0.2, abs=0.06)
-        assert (parts == "val").mean() == pytest.approx(0.25, abs=0.12)
-
-
-def test_equal_seeds_give_equal_parts_whatever_the_order_of_the_clips() -> None:
-    clips = make_table()
-    parts = split(clips, TINY_CFG)
-    shuffled = clips.sample(frac=1, random_state=0)
-    pd.testing.assert_series_equal(split(shuffled, TINY_CFG).sort_index(), parts)
-    assert (split(clips, replace(TINY_CFG, seed=1)) != parts).sum() > 40
-    without_test = split(clips, replace(TINY_CFG, test_fraction=0))
-    assert without_test.value_counts().to_dict() == {"train": 180, "val": 60}
-
-
-BY_SPEAKER = {"split": "speaker"}
-
-
-@pytest.mark.parametrize(
-    ("counts", "n_speakers", "changes", "n_folds", "reason"),
-    [
-        ({"Sad": 2, "Angry": 2}, 2, {}, 0, "0 of 4 clips for validation, fewer than"),
-        (
-            dict.fromkeys("ABCDE", 3),
-            1,
-            {},
-            0,
-            "fewer than the 5 classes: outside the test part a class needs three clips",
-        ),
-        (
-            {"Sad": 30},
-            2,
-            BY_SPEAKER,
-            0,
-            "outside the test part a corpus needs three speakers, here are {'other': 2}",
-        ),
-        ({"Sad": 30}, 4, BY_SPEAKER, 5, "folds = 5: must be at most 4, the number of speakers"),
-        ({"Sad": 6}, 4, {}, 7, "folds = 7: must be at most 6"),
-        ({"Sad": 3}, 3, {"test_fraction": 0, "val_fraction": 0.9}, 0, "1 of 3 clips for training"),
-    ],
-)
-def test_too_small_parts_are_refused_with_the_reason(
-    counts: dict[str, int], n_speakers: int, changes: dict[str, Any], n_folds: int, reason: str
-) -> None:
-    clips = make_table({("other", emotion): count for emotion, count in counts.items()}, n_speakers)
-    with pytest.raises(UserError) as refusal:
-        split(clips, replace(TINY_CFG, **changes), n_folds=n_folds)
-    assert reason in str(refusal.value)
-    assert refusal.value.code == 2
-
-
-def test_split_by_speaker_refuses_unknown_speakers() -> None:
-    clips = make_table()
-    clips.loc[:6, "speaker"] = ""
-    with pytest.raises(UserError, match=r"speakers of 7 of 240 clips are not known.*--manifest"):
-        split(clips, replace(TINY_CFG, split="speaker"))
-    assert set(split(clips, TINY_CFG)) == {"train", "val", "test"}
 
 
 # ---- dataset ---------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import struct
 import sys
 import time
 import tracemalloc
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,9 +27,19 @@ import torch
 
 import prepare
 from config import Config, UserError, run
-from model import split
-from prepare import MFCC, AudioError, FeatureCache, Recording, extract, find_clips, load_features, map_files
+from prepare import (
+    MFCC,
+    AudioError,
+    FeatureCache,
+    Recording,
+    extract,
+    find_clips,
+    load_features,
+    map_files,
+    split,
+)
 from tests.conftest import (
+    EMOTIONS,
     RATE,
     make_corpus,
     make_mfcc,
@@ -92,6 +103,18 @@ def test_audio_is_found_at_any_depth_and_junk_is_not(tmp_path: Path) -> None:
         prepare.find_audio(tmp_path / "missing")
 
 
+def test_files_of_other_suffixes_are_counted(tmp_path: Path, capsys: Capture) -> None:
+    """A test clip among them would be missing in a submission; nobody misses a text beside the clips."""
+    touch(
+        tmp_path, "a.wav", "film.avi", "x.WAVE", "note.3ga", "b/song.weba", "read.me", "b/c.aup3", "b/d.aup3"
+    )
+    touch(tmp_path, "labels.csv", "b/README", "b/x.TextGrid", "._b.aup3", ".git/e.aup3")
+    found = [path.name for path in prepare.find_audio(tmp_path)]
+    assert found == ["a.wav", "song.weba", "film.avi", "note.3ga", "x.WAVE"]
+    note = f"note: 3 file(s) whose suffix is not known as audio are left out: {tmp_path}/b/c.aup3\n"
+    assert capsys.readouterr().err == note
+
+
 def test_file_name_tells_corpus_speaker_and_emotion() -> None:
     names = {
         "1001_DFA_ANG_XX": ("CREMA-D", "CREMA-D 1001", "ANG"),
@@ -105,7 +128,7 @@ def test_file_name_tells_corpus_speaker_and_emotion() -> None:
         "OA_bite_neutral": ("TESS", "TESS OA", "neutral"),  # so named in the corpus
         "YAF_youth_ps": ("TESS", "TESS YA", "ps"),
         "sad_speaker03_07": ("demo", "demo 03", "sad"),
-        "02-01-06-01-02-01-12": ("other", "", ""),  # video
+        "02-01-06-01-02-01-12": ("RAVDESS speech", "RAVDESS 12", "06"),  # a film without sound
         "1001_DFA_ANG_XX (copy)": ("other", "", ""),
         "16b10Xd": ("other", "", ""),
     }
@@ -118,13 +141,12 @@ def config_of(root: Path, **changes: Any) -> Config:
 
 
 def test_clips_are_those_in_class_folders_by_file_name(tmp_path: Path, capsys: Capture) -> None:
-    """So that the same clips in other folders come in the same order. Other folders are told or passed."""
+    """So that the same clips in other folders come in the same order. Other folders are noted or passed."""
     root = tmp_path / "d"
     names = ["Angry/deep/1001_AAA_ANG_XX.wav", "Sad/1002_A_x.wav", "Angry/z.wav", "Sad/z.wav"]
     touch(root, *reversed(names), "stray.wav", "Empty/readme.txt")
-    touch(root, "TEST/c.wav", ".git/d.wav", "__MACOSX/e.wav", "held/f.wav")
-    (root / "Held").symlink_to(root / "held", target_is_directory=True)
-    table = find_clips(config_of(root, test_dir=str(root / "held")))
+    touch(root, "TEST/c.wav", ".git/d.wav", "__MACOSX/e.wav")
+    table = find_clips(config_of(root))
     assert list(table.path[table.left_out != ""]) == [str(root / "stray.wav")]
     table = table[table.left_out == ""]
     assert list(table.path) == [str(root / name) for name in names]
@@ -132,8 +154,30 @@ def test_clips_are_those_in_class_folders_by_file_name(tmp_path: Path, capsys: C
     assert list(table.speaker) == ["CREMA-D 1001", "", "", ""]
     err = capsys.readouterr().err
     assert f"1 clip(s) that neither manifest, folder nor name label are left out: {root}/stray" in err
-    assert f"class folder {root / 'Empty'} has no clips: left out" in err
-    assert err.count("\n") == 2
+    assert f"note: folder {root / 'Empty'} has no clips: left out" in err
+    assert f"note: {root / 'TEST'} holds the clips to label: not used here" in err
+    assert err.count("\n") == 3
+
+
+@pytest.mark.parametrize("held", ["held", "Angry/held", "Angry/deep/held", "link"])
+def test_clips_below_the_test_folder_are_not_trained_on(held: str, tmp_path: Path, capsys: Capture) -> None:
+    """Wherever it lies; but for those that the manifest labels."""
+    root = tmp_path / "d"
+    touch(root, "Angry/a.wav", "Sad/b.wav", *(f"{held}/{name}.wav" for name in ("x", "sub/y", "z")))
+    if held == "link":
+        (root / "link").rename(root / "Sad" / "real")
+        (root / "link").symlink_to("Sad/real", target_is_directory=True)
+    cfg = config_of(root, test_dir=str(root / held))
+    assert list(find_clips(cfg).path) == [str(root / name) for name in ("Angry/a.wav", "Sad/b.wav")]
+    note = f"note: {root / held} holds the clips to label: not used here\n"
+    assert note in capsys.readouterr().err
+    (root / "manifest.csv").write_text(f"filename,emotion,speaker\n{held}/x.wav,joy,\n{held}/z.wav,,Ann\n")
+    found = find_clips(cfg)
+    assert {Path(path).name: emotion for path, emotion in zip(found.path, found.emotion, strict=True)} == {
+        "a.wav": "Angry",
+        "b.wav": "Sad",
+        "x.wav": "joy",
+    }
 
 
 @pytest.mark.parametrize(
@@ -141,8 +185,8 @@ def test_clips_are_those_in_class_folders_by_file_name(tmp_path: Path, capsys: C
     [
         (None, "no data folder"),
         (["a.wav", "Test/b.wav"], "no clips in .*: expected one folder per emotion"),
-        (["a\rb/a.wav"], "carriage return"),
-        ([os.fsdecode(b"\xff\xfe/a.wav")], "not UTF-8"),
+        ([], "no clips in"),
+        (["Angry/a.wav", "Angry/b\r/c.wav", "Mine/d.wav"], "Mine in .*: no emotions that we know"),
         (
             ["train/a.wav", "Validation/b.wav"],
             "Validation, train in .*: no emotions that we know, nor do names as b.wav tell one",
@@ -156,16 +200,118 @@ def test_clips_are_those_in_class_folders_by_file_name(tmp_path: Path, capsys: C
             "class folders are not in .* but in audio: pass --data_dir",
         ),
         (
+            ["data/audio/Angry/a.wav", "data/audio/Sad/b.wav"],
+            "but in data/audio: pass --data_dir .*d/data/audio$",
+        ),
+        (
+            ["neutral/a.wav", "positive/b.wav", "negative/b.wav"],
+            "negative, positive in .*--labels_from folders",
+        ),
+        (["neutral/a.wav", "stressed/b.wav"], "stressed in .*: no emotions that we know"),
+        (
             ["dataset/Angry/1001_DFA_ANG_XX.wav", "dataset/Sad/b.wav", "demo/x.wav"],
             "pass --data_dir .*d/dataset$",
         ),
     ],
 )
 def test_data_folder_without_classes_is_refused(names: Any, message: str, tmp_path: Path) -> None:
-    touch(tmp_path, *(f"d/{name}" for name in names or []))
+    if names is not None:
+        (tmp_path / "d").mkdir()
+        touch(tmp_path, *(f"d/{name}" for name in names))
     with pytest.raises(UserError, match=message) as error:
         find_clips(config_of(tmp_path / "d"))
     assert error.value.code == 2
+
+
+def test_speaker_folders_around_emotion_folders_are_understood(tmp_path: Path, capsys: Capture) -> None:
+    """As ESD and CASIA are laid out, under whatever folders; the parts of a data set are no speakers."""
+    for prefix in ("", "ESD/", "data/0.0/"):
+        root = tmp_path / f"d{prefix.count('/')}"
+        names = [
+            f"{prefix}{speaker}/{emotion}/x.wav" for speaker in ("01", "02") for emotion in ("Angry", "Sad")
+        ]
+        touch(root, *names, f"{prefix}01/Happy/train/y.wav", f"{prefix}01/z.wav", f"{prefix}train/Sad/w.wav")
+        found = find_clips(config_of(root))
+        rows = sorted(zip(found.emotion, found.speaker, strict=True))
+        assert rows == [
+            ("", ""),
+            *itertools.product(["Angry"], ["01", "02"]),
+            ("Happy", "01"),
+            ("Sad", ""),
+            *itertools.product(["Sad"], ["01", "02"]),
+        ]
+        assert list(found.path[found.left_out == "no label"]) == [f"{root}/{prefix}01/z.wav"]
+        assert (
+            "note: taken as speakers, since folders of emotions are in them: 01, 02\n"
+            in capsys.readouterr().err
+        )
+
+
+def test_folders_that_are_no_emotions_beside_some_that_are_are_left_out(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    """Those of ones own classes can be had; Excited is an emotion, if not of any corpus that names tell."""
+    root = tmp_path / "d"
+    touch(root, "Angry/a.wav", "Sad/b.wav", "Happy/c.wav", "Excited/e.wav", "Contempt/f.wav")
+    touch(root, "#recycle/x.wav", "backup/Angry/a.wav", "backup/Sad/b.wav")
+    found = find_clips(config_of(root))
+    assert sorted(found.emotion[found.left_out == ""]) == ["Angry", "Contempt", "Excited", "Happy", "Sad"]
+    assert (found.left_out == "no label").sum() == 3
+    note = (
+        f"note: #recycle, backup in {root}: no emotions that we know: left out (--labels_from folders makes"
+    )
+    assert note in capsys.readouterr().err
+    assert {"#recycle", "backup"} < set(find_clips(config_of(root, labels_from="folders")).emotion)
+
+
+def test_films_of_ravdess_are_used_without_those_that_have_no_sound(tmp_path: Path, capsys: Capture) -> None:
+    """As downloaded, half of them have none."""
+    for actor, code in itertools.product(("01", "02"), ("03", "04")):
+        touch(
+            tmp_path / "d", *(f"Actor_{actor}/{kind}-01-{code}-01-01-01-{actor}.mp4" for kind in ("01", "02"))
+        )
+    found = find_clips(config_of(tmp_path / "d"))
+    emotions = found.groupby("left_out").emotion.agg("".join).to_dict()
+    assert emotions == dict.fromkeys(("", "silent film"), "HappyHappySadSad")
+    assert "note: 4 film(s) without sound, by their names, are left out: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("folders", "name"),
+    [
+        (["Angry", "Angry ", " angry"], "Angry"),
+        (
+            ["Angry", "Angry (1)", "Angry - Copy", "Angry - Copy (2)", "anger copy 2", "Copy of Angry"],
+            "Angry",
+        ),
+        (["Angry (1)"], "Angry"),
+        ([unicodedata.normalize(form, "überglücklich") for form in ("NFC", "NFD")], "überglücklich"),
+        (["Suprised", "Suprised ", "suprised"], "Suprised"),
+    ],
+)
+def test_folders_of_one_meaning_are_one_class(
+    folders: list[str], name: str, tmp_path: Path, capsys: Capture
+) -> None:
+    root = tmp_path / "d"
+    touch(root, *(f"{folder}/{k}.wav" for k, folder in enumerate([*folders, folders[0]])), "Calm/x.wav")
+    labels_from = "folders" if name.startswith("ü") else "auto"
+    assert set(find_clips(config_of(root, labels_from=labels_from)).emotion) == {name, "Calm"}
+    err = capsys.readouterr().err
+    assert err.startswith(f"note: class {name} is spelled ")
+    assert err.count(" and ") == len(folders) - 1
+
+
+def test_numbers_of_ones_own_classes_are_no_copies(tmp_path: Path) -> None:
+    touch(tmp_path / "d", "level (1)/a.wav", "level (2)/b.wav")
+    found = find_clips(config_of(tmp_path / "d", labels_from="folders"))
+    assert set(found.emotion) == {"level (1)", "level (2)"}
+
+
+@pytest.mark.parametrize(("name", "message"), [(b"a\rb", "carriage return"), (b"\xff\xfe", "not UTF-8")])
+def test_class_that_no_csv_can_hold_is_refused(name: bytes, message: str, tmp_path: Path) -> None:
+    touch(tmp_path, f"d/{os.fsdecode(name)}/a.wav")
+    with pytest.raises(UserError, match=message):
+        find_clips(config_of(tmp_path / "d", labels_from="folders"))
 
 
 # Files of the corpora as their authors lay them out, and what they mean.
@@ -215,10 +361,10 @@ def test_corpora_as_they_come_are_labelled_by_file_name(tmp_path: Path, capsys: 
     assert "Surprised" not in set(found.emotion)
     assert found.left_out.value_counts().to_dict() == {"": 24, "extra label": 2, "copy": 4, "no label": 1}
     err = capsys.readouterr().err.splitlines()
-    assert len(err) == 9  # one for each corpus, and three of what is left out
+    assert len(err) == 10  # one for each corpus, three of what is left out, and one of Test
     assert (
         "note: EmoDB: labels from file names, not folders (--labels_from folders): A = Fearful, E = Disgusted"
-        in err[1]
+        in err[2]
     )
     assert err[-2].startswith(
         "note: 2 clip(s) of calm or boredom are left out (--extra_labels keep takes them)"
@@ -304,7 +450,7 @@ def test_labels_of_folders_can_be_had_whatever_the_names(tmp_path: Path, capsys:
         in capsys.readouterr().err
     )
     assert set(find_clips(replace(cfg, labels_from="folders")).emotion) == {"Fearful", "Sad"}
-    assert capsys.readouterr().err == "note: fear and Fearful are one class, Fearful\n"
+    assert capsys.readouterr().err == "note: class Fearful is spelled 'Fearful' and 'fear'\n"
 
 
 def test_labels_of_ones_own_are_taken_where_asked_for(tmp_path: Path) -> None:
@@ -316,8 +462,8 @@ def test_manifest_tells_speakers(tmp_path: Path) -> None:
     root, table = tmp_path / "d", tmp_path / "speakers.csv"
     touch(root, "Sad/NA.wav", "Sad/x/1001_AAA_SAD_XX.wav", "Happy/, é.wav", "Happy/b.wav", "Sad/KL_sa15.wav")
     table.write_text(
-        "\ufeffspeaker,more,filename\nNA,,Sad/NA.wav\n001,1,Sad/x/1001_AAA_SAD_XX.wav\n"
-        '" é",,"Happy/, é.wav"\n001,again,Sad/x/1001_AAA_SAD_XX.wav\n',
+        "\ufeffspeaker,filename\nNA,Sad/NA.wav\n001,Sad/x/1001_AAA_SAD_XX.wav\n"
+        '" é","Happy/, é.wav"\n001,Sad/x/1001_AAA_SAD_XX.wav\n',
         encoding="utf-8",
     )
     clips = find_clips(config_of(root, manifest=str(table)))
@@ -327,11 +473,12 @@ def test_manifest_tells_speakers(tmp_path: Path) -> None:
 
 
 def test_manifest_tells_emotions(tmp_path: Path, capsys: Capture) -> None:
-    """Of own clips beside a corpus and class folders; it lies in the data folder."""
+    """Of own clips beside a corpus and class folders; it lies in the data folder. A row may tell one."""
     cfg = lay_out(tmp_path / "d", "CREMA-D", lambda *_: "AudioWAV")
     touch(tmp_path / "d", "me/1.wav", "me/2.wav", "me/3.wav", "4.wav", "Sad/5.wav", "Sad/6.wav")
     (tmp_path / "d" / "manifest.csv").write_text(
-        "filename,emotion,speaker,mood\nme/1.wav,joy,Ann,x\nme/2.wav,Proud,,\n4.wav,anger,Bob,\nSad/6.wav,joy,,\n"
+        "filename,emotion, speaker\nme/1.wav,joy,Ann\nme/2.wav,Proud,\n4.wav,anger,Bob\n"
+        "Sad/6.wav,joy,\nSad/5.wav,,Eve\n"
     )
     found = find_clips(cfg)
     own = found[(found.corpus == "other") & (found.left_out == "")]
@@ -341,12 +488,12 @@ def test_manifest_tells_emotions(tmp_path: Path, capsys: Capture) -> None:
         "1.wav": ("joy", "Ann"),
         "2.wav": ("Proud", ""),
         "4.wav": ("anger", "Bob"),
-        "5.wav": ("Sad", ""),
+        "5.wav": ("Sad", "Eve"),
         "6.wav": ("joy", ""),
     }
     assert set(found.emotion[found.corpus == "CREMA-D"]) == {"anger", "joy", "Sad"}
     assert list(found.path[found.left_out == "no label"]) == [str(tmp_path / "d/me/3.wav")]
-    assert "14 clips that the manifest does not label are used where folder" in capsys.readouterr().err
+    assert "14 clips that the manifest does not label are used if folder" in capsys.readouterr().err
 
 
 def test_manifest_can_be_the_whole_data_set(tmp_path: Path) -> None:
@@ -362,17 +509,35 @@ def test_manifest_can_be_the_whole_data_set(tmp_path: Path) -> None:
     assert set(found.left_out) == {"", "no label"}
 
 
+@pytest.mark.parametrize("disk", ["NFC", "NFD"])
+def test_manifest_names_files_in_any_form(disk: Any, tmp_path: Path) -> None:
+    """Absolute ones too, through a link or not, and those on the disk of a Mac, in another Unicode form."""
+    root, link, table = tmp_path / "d", tmp_path / "link", tmp_path / "t.csv"
+    names = [f"é/Ä{k}.wav" for k in range(5)]
+    touch(root, *(unicodedata.normalize(disk, name) for name in names))
+    link.symlink_to(root, target_is_directory=True)
+    written = [names[0], f" ./x/../{unicodedata.normalize('NFD', names[1])} "]
+    written += [f"{root}/{names[2]}", f"{link}/{names[3]}"]
+    table.write_text("filename,emotion\n" + "\n".join(f"{name},Sad" for name in written) + "\n", "utf-8")
+    link = link / ".." / "link"
+    found = find_clips(config_of(link, manifest=str(table), labels_from="manifest"))
+    used = found[found.left_out == ""]
+    assert list(used.path) == [str(link / unicodedata.normalize(disk, name)) for name in names[:4]]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"\xff\xfe\x00", "decode"),
-        (b"path,who\na.wav,x\n", "header with filename and emotion or speaker, has path, who"),
+        (b"path,who\na.wav,x\n", "header with filename and emotion or speaker .* has path, who"),
+        (b"filename\na.wav\n", "header with filename and emotion or speaker .* has filename"),
+        (b"filename,emotion,split\na.wav,Sad,test\n", "and no more, has filename, emotion, split"),
         (b"filename,emotion\na.wav,x\n./a.wav,y\n", "says two things of .*a.wav"),
-        (b"filename,emotion,speaker\na.wav,,y\n", "line 2: needs filename and emotion"),
-        (b"filename,speaker\na.wav,x\n,y\n", "line 3: needs filename and speaker"),
+        (b"filename,emotion,speaker\na.wav,,\n", "line 2: needs filename, and emotion or speaker"),
+        (b"filename,speaker\na.wav,x\n,y\n", "line 3: needs filename, and emotion or speaker"),
         (b"filename,emotion\na.wav,Sad,very\n", "loss of data"),
-        (b"filename,speaker\n/etc/hosts,x\n", "/etc/hosts.* is no file in"),
-        (b"filename,speaker\nb/../../a.wav,x\n", "is no file in"),
+        (b"filename,speaker\n/etc/hosts,x\n", "line 2: '/etc/hosts' lies outside"),
+        (b"filename,speaker\nb/../../a.wav,x\n", "lies outside"),
         (b"filename,speaker\nb.wav,x\n", "b.wav.* is no file in"),
     ],
 )
@@ -829,15 +994,17 @@ def test_same_audio_is_told(tmp_path: Path, mfcc: MFCC, capsys: Capture) -> None
 
 
 def test_class_without_a_readable_clip_is_left_out(tmp_path: Path, mfcc: MFCC, capsys: Capture) -> None:
-    """A single class that is left is nothing to tell apart."""
+    """A single class is enough to score a model on, but not to train one."""
     cfg = corpus_of(tmp_path, emotions=["Angry", "Sad"])
     touch(tmp_path / "data", "Bored/a.wav")
     assert set(prepare.load_corpus(cfg, mfcc).emotion) == {"Angry", "Sad"}
     assert "class Bored has no readable clip: left out" in capsys.readouterr().err
     (tmp_path / "data" / "Bored" / "a.wav").unlink()
     (tmp_path / "data" / "Sad").rename(tmp_path / "data" / "Test")
+    clips = prepare.load_corpus(cfg, mfcc)
+    assert set(clips.emotion) == {"Angry"}
     with pytest.raises(UserError, match=r"only one class in .*, Angry") as error:
-        prepare.load_corpus(cfg, mfcc)
+        split(clips, cfg)
     assert error.value.code == 2
 
 
@@ -878,6 +1045,181 @@ def test_script_prints_the_table_and_names_odd_files(tmp_path: Path) -> None:
     ]
     assert lines[6].startswith(f"warning: {sad}/g.mp3: truncated: 0.")
     assert lines[7:] == [rf"warning: {sad}/h\udcff\n.wav: silent"]
+
+
+# ---- the split -------------------------------------------------------------------------------------------
+
+
+def make_table(
+    counts: dict[tuple[str, str], int] | None = None, n_speakers: int = 10, n_copies: int = 0
+) -> pd.DataFrame:
+    """Clips as load_corpus gives them, so many of each (corpus, emotion); two of n_copies are copies."""
+    counts = counts or {(corpus, label): 40 for corpus in ("CREMA-D", "SAVEE") for label in EMOTIONS}
+    rows = [
+        (f"{corpus}-{emotion}-{number:03d}.wav", emotion, corpus, f"{corpus} {number % n_speakers}")
+        for (corpus, emotion), count in counts.items()
+        for number in range(count)
+    ]
+    clips = pd.DataFrame(rows, columns=["path", "emotion", "corpus", "speaker"], dtype=object)
+    clips["audio_hash"] = clips.path
+    if n_copies:  # of the clip before it, and of one anywhere
+        clips.loc[1::n_copies, "audio_hash"] = clips.audio_hash[::n_copies].to_numpy()
+        clips.loc[2::n_copies, "audio_hash"] = np.roll(clips.audio_hash[::n_copies], 7)
+    return clips
+
+
+def test_split_keeps_same_audio_in_one_part() -> None:
+    """By speaker it is refused where two speakers have it, as one of them would be on both sides."""
+    clips = make_table(n_copies=5)
+    assert clips.audio_hash.duplicated().sum() > 40
+    parts = split(clips, replace(TINY, split="random"))
+    assert set(parts) == {"train", "val", "test"}
+    assert parts.groupby(clips.audio_hash).nunique().max() == 1
+    with pytest.raises(
+        UserError, match=r"same audio under two speakers: .* of CREMA-D 0 and .* of CREMA-D 1"
+    ):
+        split(clips, replace(TINY, split="speaker"))
+
+
+def test_split_by_speaker_divides_no_speaker() -> None:
+    """The actors of RAVDESS both speak and sing: one speaker in two corpora."""
+    clips = make_table({("RAVDESS speech", "Sad"): 60, ("RAVDESS song", "Angry"): 60}, n_speakers=12)
+    clips["speaker"] = clips.speaker.str.replace(" speech| song", "", regex=True)
+    for seed in range(3):
+        parts = split(clips, replace(TINY, split="speaker", seed=seed))
+        assert parts.groupby(clips.speaker).nunique().max() == 1
+        sizes = parts.groupby(clips.speaker).first().value_counts().to_dict()
+        assert sizes == {"train": 6, "val": 3, "test": 3}
+
+
+@pytest.mark.parametrize("how", ["random", "speaker"])
+def test_networks_share_the_test_part_and_together_train_on_all_other_clips(how: str) -> None:
+    clips = make_table(n_speakers=20)
+    parts = [split(clips, replace(TINY, split=how), member=member) for member in range(1, 9)]
+    is_test = parts[0] == "test"
+    assert all(((part == "test") == is_test).all() for part in parts)
+    assert (np.any([part == "train" for part in parts], axis=0) == ~is_test).all()
+    assert len({tuple(part) for part in parts}) == 8
+
+
+def test_split_by_speaker_deals_each_corpus_alike_and_keeps_small_ones_in_training() -> None:
+    clips = make_table({("CREMA-D", "Sad"): 40, ("SAVEE", "Sad"): 40, ("TESS", "Angry"): 40})
+    clips.loc[clips.corpus == "TESS", "speaker"] = ["TESS OA", "TESS YA"] * 20
+    parts = split(clips, Config(split="speaker", val_fraction=0.2, test_fraction=0.1))
+    table = clips.groupby(["corpus", parts]).speaker.nunique().unstack(fill_value=0)
+    assert table.loc["CREMA-D"].to_dict() == table.loc["SAVEE"].to_dict() == {"train": 7, "val": 2, "test": 1}
+    assert table.loc["TESS"].to_dict() == {"train": 2, "val": 0, "test": 0}
+
+
+def test_split_at_random_deals_each_class_of_each_corpus_alike() -> None:
+    counts = {("CREMA-D", "Sad"): 200, ("SAVEE", "Sad"): 60, ("SAVEE", "Angry"): 100, ("TESS", "Angry"): 33}
+    clips = make_table(counts)
+    parts = split(clips, Config(val_fraction=0.1, test_fraction=0.2))
+    for (corpus, emotion), count in counts.items():
+        shares = parts[(clips.corpus == corpus) & (clips.emotion == emotion)].value_counts()
+        assert shares["test"] == pytest.approx(0.2 * count, abs=1)
+        assert shares["val"] == pytest.approx(0.1 * count, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("count", "absent"),
+    [(1, ["val", "test"]), (2, ["val", "test"]), (3, ["val"]), (4, [])],
+)
+def test_split_draws_at_least_one_of_three(
+    count: int, absent: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tenth of three clips would be none; of fewer, training gets all, which is told."""
+    clips = make_table({("other", "Angry"): 60, ("other", "Rare"): count})
+    parts = split(clips, Config())
+    assert set(parts[clips.emotion == "Rare"]) == {"train", "val", "test"} - set(absent)
+    lines = [f"warning: no clip of Rare in {part}: too few clips\n" for part in absent]
+    assert capsys.readouterr().err == "".join(lines)
+
+
+@pytest.mark.parametrize("how", ["random", "speaker"])
+def test_folds_test_every_clip_once(how: str) -> None:
+    clips = make_table(n_copies=8 if how == "random" else 0)
+    folds = [split(clips, replace(TINY, split=how), fold=fold, n_folds=5) for fold in range(5)]
+    assert (sum((parts == "test").astype(int) for parts in folds) == 1).all()
+    for parts in folds:
+        assert parts.groupby(clips.audio_hash).nunique().max() == 1
+        assert (parts == "test").mean() == pytest.approx(0.2, abs=0.06)
+        assert (parts == "val").mean() == pytest.approx(0.25, abs=0.12)
+
+
+@pytest.mark.parametrize("rare", [1, 2, 4])
+def test_folds_share_out_what_is_rarer_than_folds_without_a_word(rare: int, capsys: Capture) -> None:
+    """scikit-learn would warn of it."""
+    clips = make_table({("other", "Angry"): 40, ("other", "Sad"): 60, ("other", "Rare"): rare})
+    folds = [split(clips, TINY, fold=fold, n_folds=5) for fold in range(5)]
+    assert (sum((parts == "test").astype(int) for parts in folds) == 1).all()
+    for parts in folds:
+        assert (parts[clips.emotion == "Angry"] == "test").sum() == 8
+    assert set(capsys.readouterr().err.splitlines()) <= {
+        f"warning: no clip of Rare in {part}: too few clips" for part in ("train", "val", "test")
+    }
+
+
+def test_equal_seeds_give_equal_parts_whatever_the_order_of_the_clips() -> None:
+    clips = make_table()
+    parts = split(clips, TINY)
+    shuffled = clips.sample(frac=1, random_state=0)
+    pd.testing.assert_series_equal(split(shuffled, TINY).sort_index(), parts)
+    assert (split(clips, replace(TINY, seed=1)) != parts).sum() > 40
+    without_test = split(clips, replace(TINY, test_fraction=0))
+    assert without_test.value_counts().to_dict() == {"train": 180, "val": 60}
+
+
+BY_SPEAKER = {"split": "speaker"}
+PAIR = {"Sad": 15, "Angry": 15}
+
+
+@pytest.mark.parametrize(
+    ("counts", "n_speakers", "changes", "n_folds", "reason"),
+    [
+        ({"Sad": 9}, 3, {}, 0, "only one class in data, Sad: nothing to tell apart"),
+        ({"Sad": 2, "Angry": 2}, 2, {}, 0, "0 of 4 clips for validation, fewer than"),
+        (dict.fromkeys("ABCDE", 3), 1, {}, 0, "5 classes: outside the test part a class needs three clips"),
+        (PAIR, 3, {}, 31, "folds = 31: each tests clips of its own, and there are only 30"),
+        (PAIR, 4, BY_SPEAKER, 5, "folds = 5: each tests speakers of its own, and there are only 4"),
+        # Of a remedy that is named, each would help.
+        (PAIR, 2, BY_SPEAKER, 0, "not 2 of other: add some, or pass --split random"),
+        (PAIR, 2, BY_SPEAKER, 2, "not 1 of other: add some, or pass --split random"),
+        (PAIR, 3, BY_SPEAKER, 0, "2 of other: add some, pass --test_fraction 0, or pass --split random"),
+        (PAIR, 3, BY_SPEAKER, 3, "2 of other: add some, or pass --split random"),
+        (PAIR, 4, BY_SPEAKER, 2, "2 of other: add some, raise --folds, or pass --split random"),
+        (
+            {"A": 4, "B": 4, "C": 2, "D": 1},
+            4,
+            BY_SPEAKER | {"seed": 2},
+            0,
+            "4 classes: val_fraction = 0.25: raise it or add clips",
+        ),
+        (
+            {"Sad": 3, "Angry": 2},
+            3,
+            BY_SPEAKER | {"test_fraction": 0, "val_fraction": 0.9, "seed": 12},
+            0,
+            "1 of 5 clips for training: lower the fractions",
+        ),
+    ],
+)
+def test_too_small_parts_are_refused_with_the_reason(
+    counts: dict[str, int], n_speakers: int, changes: dict[str, Any], n_folds: int, reason: str
+) -> None:
+    clips = make_table({("other", emotion): count for emotion, count in counts.items()}, n_speakers)
+    with pytest.raises(UserError) as refusal:
+        split(clips, replace(TINY, **changes), n_folds=n_folds)
+    assert reason in str(refusal.value)
+    assert refusal.value.code == 2
+
+
+def test_split_by_speaker_refuses_unknown_speakers() -> None:
+    clips = make_table()
+    clips.loc[:6, "speaker"] = ""
+    with pytest.raises(UserError, match=r"speakers of 7 of 240 clips are not known.*--manifest"):
+        split(clips, replace(TINY, split="speaker"))
+    assert set(split(clips, TINY)) == {"train", "val", "test"}
 
 
 # ---- demo corpus -----------------------------------------------------------------------------------------
