@@ -292,7 +292,7 @@ def find_test_clips(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise UserError(f"no test folder {folder}: pass --test_dir DIR, or name files to label")
-    paths = sorted(find_audio(folder), key=natural_key)
+    paths = sorted(find_audio(folder, all_suffixes=True), key=natural_key)  # a submission needs them all
     if not paths:
         raise UserError(f"no audio files in {folder}")
     name, count = Counter(path.name for path in paths).most_common(1)[0]

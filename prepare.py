@@ -112,11 +112,11 @@ def is_audio(name: str) -> bool:
     return is_visible(name) and Path(name).suffix.lower() in AUDIO_SUFFIXES
 
 
-def find_audio(*folders: Path, skip: Path | None = None) -> list[Path]:
+def find_audio(*folders: Path, skip: Path | None = None, all_suffixes: bool = False) -> list[Path]:
     """The audio files at any depth below some folders, sorted.
 
-    Hidden files, links to folders and the folder `skip` are left out. Files of other suffixes are counted in
-    a note, unless they are known to be no audio.
+    Hidden files, links to folders and the folder `skip` are left out. Files of a suffix that is known neither
+    as audio nor as something else are counted in a note; with `all_suffixes` they may be audio.
 
     Raises:
         OSError: A folder cannot be listed.
@@ -136,9 +136,10 @@ def find_audio(*folders: Path, skip: Path | None = None) -> list[Path]:
                 inside.remove(path.name)
         files += [Path(parent, name) for name in filter(is_visible, names)]
     others = [path for path in files if path.suffix.lower() not in {"", *AUDIO_SUFFIXES, *_OTHER_SUFFIXES}]
-    if others:
+    if others and not all_suffixes:
         note(f"note: {len(others)} file(s) whose suffix is not known as audio are left out: {min(others)}")
-    return sorted(path for path in files if is_audio(path.name))
+        others = []
+    return sorted([*others, *(path for path in files if is_audio(path.name))])
 
 
 def find_clips(cfg: Config) -> pd.DataFrame:

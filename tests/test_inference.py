@@ -141,6 +141,19 @@ def test_unreadable_clip_keeps_the_earlier_submission(clips: Path, capsys: Captu
     assert Path("submission.csv").read_text() == "precious"
 
 
+def test_clip_of_any_suffix_is_in_the_submission(clips: Path) -> None:
+    """Or there is none: a row less would go unseen."""
+    (clips / "2.wav").rename(clips / "2.wavx")
+    (clips / "labels.csv").touch()
+    (clips / "README").touch()
+    assert label() == 0
+    assert ("2.wavx", "Angry") in submission()
+    assert len(submission()) == 5
+    (clips / "5.xyz").write_text("no audio")
+    with pytest.raises(UserError, match=r"submission\.csv not written: 1 of 6"):
+        label()
+
+
 def test_fill_labels_unreadable_clips_and_names_each(clips: Path, capsys: Capture) -> None:
     bad = [f"bad{number}.wav" for number in range(30)]
     for name in bad:
