@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, TextIO, get_args, get_origin
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -455,7 +455,7 @@ def _end(main: Callable[..., int], *args: object) -> int:
         note("interrupted")
         return int(error.args[0]) if error.args else 130
     except OSError as error:
-        if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout.fileno()):
+        if isinstance(error, BrokenPipeError) and _nobody_reads(sys.stdout):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # as `head` leaves: no fault
             return 0
         note(f"error: {error.filename}: {error.strerror}" if error.filename else f"error: {error}")
@@ -468,8 +468,11 @@ def _end(main: Callable[..., int], *args: object) -> int:
     return code
 
 
-def _nobody_reads(descriptor: int) -> bool:
+def _nobody_reads(stream: TextIO) -> bool:
     """Whether the other end of a pipe is closed."""
     poll = select.poll()
-    poll.register(descriptor, 0)  # an error is told unasked
+    try:
+        poll.register(stream.fileno(), 0)  # an error is told unasked
+    except OSError:  # the stream of a notebook is no file
+        return False
     return bool(poll.poll(0))

@@ -250,7 +250,7 @@ class Recognizer:
 
     def _sum_up(self, recording: Recording, end: Tensor, outputs: Outputs) -> Prediction | AudioError:
         """From the ends of a clip's windows (W,), and what the networks make of them."""
-        of_clip = outputs.of_clips(torch.zeros(len(end), dtype=torch.long), 1)
+        of_clip = Outputs(*(values.mean(dim=0, keepdim=True) for values in outputs))
         row = self.model.calibrated(of_clip)[0]
         if not row.isfinite().all():  # or the label would be the first class
             return AudioError(
@@ -390,7 +390,7 @@ def label_files(
     predictions = recognizer.predict_files([path for path, _ in names], step=step)
     times = ["start", "end", "emotion", "confidence"] if step else ["emotion", "confidence", "seconds"]
     header = ["filename", *times, "distance", *recognizer.labels]
-    titles = unique_stems([name for _, name in names])
+    titles = unique_stems([name for _, name in names]) if step else []
     results: list[tuple[str, Prediction | AudioError]] = []
     n_rows = 0
     with open_rows(flags.output) as stream:

@@ -214,6 +214,7 @@ def _handlers() -> Iterator[None]:
         (KeyboardInterrupt(143), 143, "interrupted"),
         (PermissionError(13, "Permission denied", "a/b"), 1, "error: a/b: Permission denied"),
         (OSError("odd"), 1, "error: odd"),
+        (BrokenPipeError(32, "Broken pipe", "child"), 1, "error: child: Broken pipe"),  # not that of stdout
         (MemoryError(), 1, "error: out of memory: lower --num_workers, or in training --batch_size"),
         (
             RuntimeError("CUDA out of memory."),
@@ -230,6 +231,35 @@ def test_fault_becomes_one_line(
 
     assert run(main) == code
     assert capsys.readouterr() == ("", f"{line}\n")
+
+
+def test_handlers_of_signals_are_as_before_when_a_script_has_ended() -> None:
+    """A console session goes on after it."""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    assert run(lambda: 0) == 0
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_ctrl_c_while_processes_start_comes_after_that() -> None:
+    """Not lost, and not in the middle of it; a process that is started then never gets it."""
+    child = "import signal, os; os.kill(os.getpid(), signal.SIGINT); print('child goes on', flush=True)"
+    body = (
+        "from config import hold_interrupts\n"
+        "    try:\n"
+        "        with hold_interrupts():\n"
+        "            os.kill(os.getpid(), signal.SIGINT)\n"
+        "            import subprocess\n"
+        f"            subprocess.run([sys.executable, '-c', {child!r}], check=True)\n"
+        "            print('started', flush=True)\n"
+        "        time.sleep(30)\n"
+        "    finally: print('ended')"
+    )
+    before = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    assert run_main(body, before=before) == (130, "child goes on\nstarted\nended\n", "interrupted\n")
+
+
+def test_name_of_any_bytes_can_be_printed() -> None:
+    assert run_main(r"print('\udcff')", PYTHONIOENCODING="ascii") == (0, "\\udcff\n", "")
 
 
 @pytest.mark.usefixtures("_handlers")

@@ -356,6 +356,12 @@ def test_clip_alone_equals_the_clip_among_others(clips: Path, trained: Trained, 
     np.testing.assert_allclose(predictions(paths, trained, num_workers=2), together, rtol=0, atol=1e-5)
 
 
+def test_workers_do_not_wait_for_a_lock_of_another_thread(clips: Path, trained: Trained) -> None:
+    """As when one thread predicts an array while another one forks workers for files."""
+    with inference._ONE_AT_A_TIME:
+        assert len(predictions([clips / "1.wav", clips / "2.wav"], trained, num_workers=2)) == 2
+
+
 def test_every_window_of_a_long_file_counts(trained: Trained, tmp_path: Path) -> None:
     """Twenty seconds of one class and eight of another, 70 windows, in either order."""
     noise = 0.01 * np.random.default_rng(0).normal(size=28 * RATE)  # a pure tone is unlike all training clips
