@@ -12,6 +12,7 @@ import errno
 import glob
 import inspect
 import io
+import json
 import os
 import re
 import select
@@ -46,6 +47,7 @@ Count = Annotated[int, Rule(lambda v: v >= 1, "at least 1")]
 AtLeast2 = Annotated[int, Rule(lambda v: v >= 2, "at least 2")]
 Hertz = Annotated[int, Rule(lambda v: 1000 <= v <= 768_000, "1,000 to 768,000")]
 Seed = Annotated[int, Rule(lambda v: 0 <= v < 2**31, "0 to 2,147,483,647")]
+OwnSeed = Annotated[int, Rule(lambda v: -1 <= v < 2**31, "-1 to 2,147,483,647")]
 Workers = Annotated[int, Rule(lambda v: v >= -1, "at least -1")]
 Positive = Annotated[float, Rule(lambda v: 0 < v < float("inf"), "above 0")]
 NotNegative = Annotated[float, Rule(lambda v: 0 <= v < float("inf"), "at least 0")]
@@ -100,7 +102,8 @@ class Config:
     split: Literal["random", "speaker"] = "random"  # by clip, or no speaker in two parts
     val_fraction: Between0And1 = 0.1  # chooses the epoch, steers learning rate and early stopping
     test_fraction: Below1 = 0.1  # scored once, after training; 0: train on these clips too
-    seed: Seed = 0  # of split, initial weights, shuffling, augmentation and dropout
+    seed: Seed = 0  # of initial weights, shuffling, augmentation and dropout, and of the split
+    split_seed: OwnSeed = -1  # of the split alone; -1: as seed
 
     # ---- training ---------------------------------------------------------------------------------------
     batch_size: AtLeast2 = 64  # clips per step
@@ -182,6 +185,7 @@ RUNTIME_FIELDS = frozenset(
     "data_dir test_dir cache_dir run_dir checkpoint submission manifest batch_size device num_workers".split()
 )
 AUDIO_FIELDS = frozenset("sample_rate duration n_mfcc n_fft hop_length n_mels".split())
+RUN_PLACES = frozenset({"run_dir", "checkpoint"})
 # What shapes features and network: inference takes it from the checkpoint, whatever config.py says.
 MODEL_FIELDS = AUDIO_FIELDS | frozenset(
     "ensemble recordings cmn conv_channels conv_blocks conv_kernel gru_hidden gru_layers".split()
@@ -265,8 +269,12 @@ def parse(
         parser.error(f"{twice[0]} is given twice{how}")
     if unknown:
         parser.error(_explain(unknown[0], parser))
-    names = [field.name for field in dataclasses.fields(Config)]
-    values = {name: value for name, value in vars(known).items() if name in names}
+    values = {name: value for name, value in vars(known).items() if name in Config.__dataclass_fields__}
+    if getattr(known, "config", ""):
+        values = _read_settings(Path(known.config), parser) | values
+    elif getattr(known, "resume", False):  # a run goes on as it began, where it lies now
+        begun = _read_settings(Path(values.get("run_dir", Config.run_dir), "run.json"), parser)
+        values = {name: value for name, value in begun.items() if name not in RUN_PLACES} | values
     if known.demo:
         if fixed := sorted(DEMO.keys() & values.keys()):
             parser.error(f"--demo has its own folders: leave out --{fixed[0]}")
@@ -278,6 +286,15 @@ def parse(
         return Config(**values), known
     except UserError as error:
         parser.error(str(error))
+
+
+def _read_settings(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The settings in the run.json of a run; none where there is no such file."""
+    try:
+        content = json.loads(path.read_text()) if path.exists() else {}
+        return {name: content[name] for name in Config.__dataclass_fields__ if name in content}
+    except (OSError, ValueError, TypeError) as error:
+        parser.error(f"{path} holds no settings: {error}")
 
 
 def _explain(argument: str, parser: argparse.ArgumentParser) -> str:

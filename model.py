@@ -432,7 +432,7 @@ class Checkpoint:
     distance: dict[str, Tensor]  # state of Distance
     n_clips: dict[str, int]  # training clips of each class
     seen: Tensor  # (n,) int64, sorted short hashes of the clips that it was trained on or chosen by
-    versions: dict[str, str]  # of Python and the libraries
+    environment: dict[str, str]  # versions, commit and processor that it was trained with
     run: str  # names the run that made it
 
     @classmethod

@@ -15,6 +15,7 @@ if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imp
     ARGS = parse(make_parser(__doc__, needed.split()))
 
 import contextlib
+import dataclasses
 import hashlib
 import itertools
 import math
@@ -1023,6 +1024,8 @@ def split(
     Raises:
         UserError: There is only one class, parts would be too small, or a speaker is not known.
     """
+    if cfg.split_seed >= 0:
+        cfg = dataclasses.replace(cfg, seed=cfg.split_seed)
     if clips.emotion.nunique() < 2:
         raise UserError(f"only one class in {cfg.data_dir}, {clips.emotion.iloc[0]}: nothing to tell apart")
     corpus = clips.corpus.str.split().str[0]  # RAVDESS speech and song share their actors

@@ -6,7 +6,7 @@ writes best_emotion_model.pth and, into run/, history.csv, metrics.json, predict
 mistakes.html to listen to. On several GPUs or machines: `torchrun --nproc_per_node 2 train.py`.
 
     python train.py --evaluate FOLDER     the same report on other labelled clips, in run/evaluate_FOLDER
-    python train.py --compare run other   two runs side by side
+    python train.py --compare run a b     runs side by side: settings, scores, paired differences
 """
 
 from config import (
@@ -31,10 +31,11 @@ from config import (
 if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imports
     parser = make_parser(__doc__, Config.__dataclass_fields__.keys() - {"submission"})
     parser.add_argument("--resume", action="store_true", help="go on with the interrupted run in run_dir")
+    parser.add_argument("--config", metavar="FILE", help="take settings from the run.json of another run")
     parser.add_argument("--folds", type=int, default=0, help="cross-validate: test on each of so many parts")
     parser.add_argument("--init", metavar="MODEL", help="start from the weights of a trained model")
     parser.add_argument("--evaluate", metavar="FOLDER", help="score the model on labelled clips; no training")
-    parser.add_argument("--compare", metavar="RUN", nargs=2, help="compare the run folders of two runs")
+    parser.add_argument("--compare", metavar="RUN", nargs="+", help="compare run folders with the first one")
     ARGS = parse(parser)
 
 import contextlib
@@ -48,18 +49,21 @@ import os
 import pickle
 import platform
 import re
+import subprocess
 import time
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
+import soundfile
 import torch
 from filelock import FileLock, Timeout
 from joblib import cpu_count
@@ -761,9 +765,29 @@ def start_run(cfg: Config, inputs: Inputs, *, resume: bool) -> None:
             set_aside(Path(cfg.run_dir), about["run"])
         if inputs.init:  # its own copy, to be resumed from when the file is gone or replaced
             save_checkpoint(kept_init, inputs.init)
-        new = {"run": datetime.now().strftime(RUN_ID), "init": inputs.init.run if inputs.init else ""}
-        save_json(Path(cfg.run_dir, "run.json"), new | {"plan": inputs.plan._asdict()} | mine)
+        new: dict[str, Any] = {"run": datetime.now().strftime(RUN_ID)}
+        new |= {
+            "init": inputs.init.run if inputs.init else "",
+            "plan": inputs.plan._asdict(),
+            "environment": describe_environment(),
+        }
+        save_json(Path(cfg.run_dir, "run.json"), new | mine)
     save_file(Path(cfg.run_dir, INPUTS), pickle.dumps(inputs))
+
+
+def describe_environment() -> dict[str, str]:
+    """What scores and speed depend on besides the settings: versions, commit, processor, threads."""
+    packages = ("torch", "librosa", "numpy", "pandas", "scikit-learn", "soundfile", "soxr")
+    about = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    about |= {"libsndfile": soundfile.__libsndfile_version__, "cores": str(cpu_count())}
+    with contextlib.suppress(OSError):
+        found = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
+        about["processor"] = found[1] if found else platform.processor()
+    with contextlib.suppress(OSError):
+        command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
+        git = subprocess.run(command, capture_output=True, text=True, check=False)
+        about["commit"] = git.stdout.strip()  # -dirty: with changes
+    return about
 
 
 def digest(inputs: Inputs) -> str:
@@ -936,7 +960,7 @@ def make_model(cfg: Config, inputs: Inputs, *, fold: int) -> tuple[Checkpoint, p
     Raises:
         UserError: There is no network yet, or a file is damaged.
     """
-    networks, mfcc = load_networks(cfg, inputs, fold), inputs.mfcc
+    networks, mfcc, about = load_networks(cfg, inputs, fold), inputs.mfcc, read_about(cfg)
     clips, kept = networks[0].clips, [network.state["kept"] for network in networks]
     labels = sorted(set(clips.emotion))
     learnt = clips[np.any([network.clips.part == "train" for network in networks], axis=0)]
@@ -954,8 +978,8 @@ def make_model(cfg: Config, inputs: Inputs, *, fold: int) -> tuple[Checkpoint, p
         distance=fit_distance(cfg, clips, mfcc),
         n_clips={label: int((learnt.emotion == label).sum()) for label in labels},
         seen=torch.unique(torch.cat(seen)),
-        versions={"python": platform.python_version(), "torch": str(torch.__version__)},
-        run=read_about(cfg)["run"],
+        environment=about["environment"],
+        run=about["run"],
     )
     own = fold_config(cfg, fold)
     save_checkpoint(Path(own.run_dir, MODEL), checkpoint)
@@ -1400,30 +1424,47 @@ def read_run(folder: str) -> tuple[dict[str, Any], pd.DataFrame]:
         if seen := metrics.get("test", {}).get("seen"):
             note(f"warning: {folder}: not a score: {seen} of its test clips were seen in training")
         how = {"init": run.get("init", ""), "folds": len(metrics.get("folds", []))}
-        return metrics["config"] | how, table
+        return metrics["config"] | how | run.get("environment", {}), table
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise UserError(f"{folder} holds no finished run: {error}") from None
 
 
-def compare(one: str, other: str) -> None:
-    """Print in which settings two runs differ, and their scores on the clips that both tested.
+def compare(folders: Sequence[str]) -> None:
+    """Print in which settings runs differ, and the scores of each beside those of the first.
 
     Raises:
-        UserError: One is no finished run, or they have no clip in common.
+        UserError: One is no finished run, or has no clip in common with the first.
     """
-    if Path(one).resolve() == Path(other).resolve():
-        raise UserError(f"--compare needs two runs, not {one} twice")
-    (mine, a), (theirs, b) = read_run(one), read_run(other)
-    settings = pd.DataFrame({one: pd.Series(mine, dtype=object), other: pd.Series(theirs, dtype=object)})
+    if len({Path(folder).resolve() for folder in folders}) < max(2, len(folders)):
+        raise UserError("--compare needs two runs or more, each once")
+    runs = {folder: read_run(folder) for folder in folders}
+    settings = pd.DataFrame({f: pd.Series(about, dtype=object) for f, (about, _) in runs.items()}).map(repr)
     settings = settings.drop(["run_dir", "cache_dir", "checkpoint", "submission"], errors="ignore")
-    differ = settings[settings[one] != settings[other]]
+    differ = settings[settings.nunique(axis=1) > 1]
+    say("no setting differs" if differ.empty else differ.to_string())
+    first, *others = folders
+    for other in others:
+        compare_pair(first, runs[first][1], other, runs[other][1])
+    if len(others) > 1 and set(differ.index) <= {"seed", "split_seed"}:
+        scores = pd.DataFrame({folder: summarize(table) for folder, (_, table) in runs.items()}).T
+        scores = scores[list(SCORES)].rename(columns=SCORES)
+        scores = pd.concat([scores, scores.agg(["mean", "std"])])
+        say(f"\neach on its own test clips\n{scores.to_string(float_format='{:.1%}'.format)}")
+
+
+def compare_pair(one: str, a: pd.DataFrame, other: str, b: pd.DataFrame) -> None:
+    """Print the scores of two runs on the clips that both tested; the tables are as read_run gives them.
+
+    Raises:
+        UserError: They have no clip in common, or disagree about the class of one.
+    """
     common = a.index.intersection(b.index)
     sizes = f"{len(common):,} clips that both tested, of {len(a):,} in {one} and {len(b):,} in {other}"
     if common.empty:
         raise UserError(f"no clip was tested in both {one} and {other}: nothing to compare")
     a, b = a.loc[common], b.loc[common]
-    if n_odd := int((a.emotion != b.emotion).sum()):
-        raise UserError(f"{n_odd} of {sizes} have another true class there: nothing to compare")
+    if n_other := int((a.emotion != b.emotion).sum()):
+        raise UserError(f"{n_other} of {sizes} have another true class there: nothing to compare")
     unit, units = pd.Series(common, index=common), "clips, as fewer than five speakers are known"
     if speakers_known(a):
         unit, units = a.speaker, f"{a.speaker.nunique()} speakers"
@@ -1432,7 +1473,6 @@ def compare(one: str, other: str) -> None:
     change = (resample(b, unit) - resample(a, unit)).rename(columns=SCORES)
     table[["95 % from", "to"]] = change.quantile([0.025, 0.975]).T
     formats = dict.fromkeys([one, other], "{:.1%}".format)
-    say("no setting differs" if differ.empty else differ.map(repr).to_string())
     say(f"\n{sizes}")
     say(table.to_string(formatters=formats, float_format="{:+.1%}".format, na_rep=""))
     say(f"95 % interval of the difference: resampled by {units}")
@@ -1445,7 +1485,7 @@ def main(cfg: Config, flags: Namespace) -> int:
     """Train, or score and compare what was trained."""
     if flags.compare:
         refuse_others(flags, "compare", set())
-        compare(*flags.compare)
+        compare(flags.compare)
     elif flags.evaluate is not None:
         about_labels = {"labels_from", "extra_labels"}
         refuse_others(flags, "evaluate", (RUNTIME_FIELDS - {"data_dir", "submission"}) | about_labels)

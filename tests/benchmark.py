@@ -243,7 +243,7 @@ def save_random_model(path: Path, cfg: Config, labels: list[str], mfcc: MFCC) ->
         temperature=1.0,
         distance=dict(Distance(cfg).state_dict()),
         seen=torch.empty(0, dtype=torch.int64),
-        versions={},
+        environment={},
         run="benchmark",
     )
     save_checkpoint(path, checkpoint)

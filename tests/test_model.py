@@ -353,7 +353,7 @@ def test_checkpoint_comes_back_as_it_was_saved(saved: Path) -> None:
     before, straight = load_checkpoint(saved)
     save_checkpoint(saved, before)
     after, model = load_checkpoint(saved)
-    for name in ("config", "labels", "epochs", "n_clips", "versions", "run", "summary"):
+    for name in ("config", "labels", "epochs", "n_clips", "environment", "run", "summary"):
         assert getattr(after, name) == getattr(before, name)
     assert not model.training
     waves = torch.randn(2, TINY_CFG.n_samples, generator=torch.Generator().manual_seed(0))

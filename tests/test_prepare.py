@@ -1160,6 +1160,14 @@ def test_folds_share_out_what_is_rarer_than_folds_without_a_word(rare: int, caps
     }
 
 
+def test_seed_of_the_split_is_a_matter_of_its_own() -> None:
+    clips, cfg = make_table(), TINY
+    own = split(clips, replace(cfg, seed=1, split_seed=5), member=2)
+    assert own.equals(split(clips, replace(cfg, seed=2, split_seed=5), member=2))
+    assert own.equals(split(clips, replace(cfg, seed=5), member=2))
+    assert not own.equals(split(clips, replace(cfg, seed=5, split_seed=1), member=2))
+
+
 def test_equal_seeds_give_equal_parts_whatever_the_order_of_the_clips() -> None:
     clips = make_table()
     parts = split(clips, TINY)

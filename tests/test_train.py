@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import model
 import train
-from config import Config, UserError
+from config import Config, UserError, make_parser, parse
 from inference import Recognizer
 from model import PRETRAINED, load_checkpoint, load_tensors
 from prepare import MFCC, AudioError, ClipFeatures, FeatureCache
@@ -63,7 +63,15 @@ def state(cfg: Config, member: int = 1) -> dict[str, Any]:
     return load_tensors(Path(cfg.run_dir, f"network{member}.pth"))
 
 
-ACTIONS = {"demo": False, "resume": False, "folds": 0, "init": None, "evaluate": None, "compare": None}
+ACTIONS = {
+    "demo": False,
+    "resume": False,
+    "folds": 0,
+    "init": None,
+    "evaluate": None,
+    "compare": None,
+    "config": None,
+}
 
 
 def script(cfg: Config, **settings: Any) -> int:
@@ -324,6 +332,26 @@ def test_resume_of_nothing_is_refused(tiny_cfg: Config) -> None:
         script(tiny_cfg, resume=True)
     assert refusal.value.code == 2
     assert not Path(tiny_cfg.checkpoint).exists()
+
+
+def test_settings_of_a_run_repeat_it_and_resume_it(copied: Config, tmp_path: Path) -> None:
+    """With flags laid over them; a run is resumed where it lies now."""
+    parser = make_parser(None, Config.__dataclass_fields__.keys())
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--config")
+    source = str(Path(copied.run_dir, "run.json"))
+    again, _ = parse(parser, ["--config", source, "--epochs=9", "--seed=3"])
+    begun = json.loads(Path(source).read_text())
+    assert again == Config(**{name: begun[name] for name in vars(copied)} | {"epochs": 9, "seed": 3})
+    moved = shutil.move(copied.run_dir, tmp_path / "moved")
+    resumed, _ = parse(parser, ["--resume", f"--run_dir={moved}"])
+    own = {"run_dir": str(moved), "checkpoint": str(moved / "best_emotion_model.pth")}
+    assert resumed == replace(copied, **own, submission=Config.submission)
+    assert script(resumed, resume=True) == 0
+    Path(source).parent.mkdir()
+    Path(source).write_text("[]")
+    with pytest.raises(SystemExit):
+        parse(parser, ["--config", source])
 
 
 def test_earlier_run_is_renamed_after_its_date(copied: Config, capsys: pytest.CaptureFixture[str]) -> None:
@@ -793,7 +821,7 @@ def test_compare_pairs_the_clips_that_both_tested(tmp_path: Path, capsys: pytest
     """Each speaker is 20 % better: speakers that differ much do not blur the difference."""
     one = write_run(tmp_path / "a", [4, 0] * 3, epochs=3, run_dir="a", seed=0)
     other = write_run(tmp_path / "b", [5, 1] * 3 + [0], epochs=9, run_dir="b", seed=0)
-    train.compare(one, other)
+    train.compare([one, other])
     out = capsys.readouterr().out
     assert re.search(r"^epochs +3 +9$", out, re.MULTILINE)
     assert "seed" not in out
@@ -801,13 +829,29 @@ def test_compare_pairs_the_clips_that_both_tested(tmp_path: Path, capsys: pytest
     assert f"60 clips that both tested, of 60 in {one} and 70 in {other}" in out
     assert re.search(r"^accuracy +40.0% +60.0% +\+20.0% +\+20.0% +\+20.0%$", out, re.MULTILINE)
     assert "resampled by 6 speakers" in out
-    train.compare(write_run(tmp_path / "a", [4, 0]), write_run(tmp_path / "b", [5, 1]))
+    train.compare([write_run(tmp_path / "a", [4, 0]), write_run(tmp_path / "b", [5, 1])])
     out = capsys.readouterr().out
     assert "no setting differs" in out
     assert "resampled by clips, as fewer than five speakers are known" in out
     low, high = re.findall(r"^accuracy .* \+20.0% +([+-][\d.]+)% +([+-][\d.]+)%$", out, re.MULTILINE)[0]
     deviation = 100 * math.sqrt(0.2 * 0.8 / 20)  # of 20 differences, four of them 1, the others 0
     assert (float(low), float(high)) == pytest.approx((20 - 1.96 * deviation, 20 + 1.96 * deviation), abs=4)
+
+
+def test_runs_that_differ_in_the_seed_alone_have_a_mean(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a std; each has a paired difference to the first."""
+    runs = [write_run(tmp_path / str(n), [4 + n, n] * 3, seed=n, epochs=3) for n in (0, 1)]
+    runs.append(write_run(tmp_path / "2", [4, 0] * 3, seed=2, epochs=3))
+    train.compare(runs)
+    out = capsys.readouterr().out
+    assert out.count("clips that both tested") == 2
+    assert re.search(r"^mean +46.7%", out, re.MULTILINE)
+    assert re.search(r"^std +11.5%", out, re.MULTILINE)
+    write_run(tmp_path / "2", [4, 0] * 3, seed=2, epochs=4)
+    train.compare(runs)
+    assert "mean" not in capsys.readouterr().out
 
 
 def test_names_cannot_inject_markup_into_the_page_of_mistakes(tmp_path: Path) -> None:
