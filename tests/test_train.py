@@ -349,7 +349,7 @@ def test_settings_of_a_run_repeat_it_and_resume_it(copied: Config, tmp_path: Pat
     assert resumed == replace(copied, **own, submission=Config.submission)
     assert script(resumed, resume=True) == 0
     Path(source).parent.mkdir()
-    Path(source).write_text("[]")
+    Path(source).write_text("{")
     with pytest.raises(SystemExit):
         parse(parser, ["--config", source])
 
