@@ -216,6 +216,21 @@ class Degrade(nn.Module):
 # ---- network ---------------------------------------------------------------------------------------------
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout with cheaper random numbers on CPU, which take a tenth of a training step there.
+
+    64 bits are drawn at once, enough for four numbers; the probability is exact to 1 / 65,536.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape -> the same."""
+        if x.device.type != "cpu" or not (self.training and self.p):
+            return super().forward(x)
+        bits = torch.empty(math.ceil(x.numel() / 4), dtype=torch.int64).random_(-(2**63), None)
+        bits = bits.view(torch.int16).as_strided(x.shape, torch.empty_like(x).stride())  # as x lies in memory
+        return x * (bits >= round(2**16 * self.p) - 2**15).to(x.dtype).mul_(1 / (1 - self.p))
+
+
 class EmotionCNNGRU(nn.Module):
     """A bidirectional GRU over a convolutional network: features (B, F, T) -> logits (B, C), any T >= 1.
 
@@ -248,9 +263,9 @@ class EmotionCNNGRU(nn.Module):
                 nn.Sequential(
                     nn.Conv2d(width_in, width_out, (1, cfg.conv_kernel), padding="same", bias=False),
                     nn.BatchNorm2d(width_out),
-                    nn.LeakyReLU(0.1),
                     nn.MaxPool2d((1, 2), ceil_mode=True),  # ceil: the last frame counts
-                    nn.Dropout(cfg.conv_dropout),
+                    nn.LeakyReLU(0.1, inplace=True),  # the same before the maximum, but of twice the numbers
+                    Dropout(cfg.conv_dropout),
                 )
                 for width_in, width_out in pairwise(widths)
             )
@@ -266,19 +281,21 @@ class EmotionCNNGRU(nn.Module):
         n_states = 2 * cfg.gru_hidden
         self.attention = nn.Sequential(nn.Linear(n_states, 64), nn.Tanh(), nn.Linear(64, 1))
         self.head = nn.Sequential(
-            nn.Dropout(cfg.dropout),
+            Dropout(cfg.dropout),
             nn.Linear(3 * n_states, cfg.gru_hidden),
             nn.BatchNorm1d(cfg.gru_hidden),
             nn.LeakyReLU(0.1),
-            nn.Dropout(cfg.dropout),
+            Dropout(cfg.dropout),
             nn.Linear(cfg.gru_hidden, n_classes),
         )
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (B, F, T) float32, as MFCC gives them -> logits (B, C) float32."""
-        x = (self.remove_level(features) - self.mean) / self.std  # (B, F, T)
-        loud = (features[:, :1] >= features[:, :1].amax(dim=2, keepdim=True) - self.depth).float()
-        x = x - self.cmn * (x * loud).sum(dim=2, keepdim=True) / loud.sum(dim=2, keepdim=True)
+        loudest = features[:, :1].amax(dim=2, keepdim=True)
+        loud = (features[:, :1] >= loudest - self.depth).float()  # (B, 1, T)
+        own_mean = features @ loud.mT / loud.sum(dim=2, keepdim=True)  # (B, F, 1)
+        mean = torch.lerp(self.mean + self.level * loudest, own_mean, self.cmn)
+        x = (features - mean) / self.std
         x = x[:, :, None].to(memory_format=torch.channels_last)  # (B, F, 1, T)
         x = self.conv(x)[:, :, 0]  # (B, channels, T / 2 ** conv_blocks)
         states = self.gru(x.transpose(1, 2))[0].float()  # (B, T', 2 * gru_hidden)

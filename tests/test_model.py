@@ -24,6 +24,7 @@ from model import (
     Augment,
     Degrade,
     Distance,
+    Dropout,
     EmotionCNNGRU,
     EmotionEnsemble,
     calibrate,
@@ -263,6 +264,18 @@ def test_every_weight_learns_from_finite_gradients(n_frames: int) -> None:
     idle = [name for name, g in gradients.items() if g is not None and g.abs().max() < 1e-12]
     idle = [name for name in idle if not name.endswith(("head.1.bias", "attention.2.bias"))]
     assert not idle or n_frames == 1  # one state: attention has nothing to choose from
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_dropout_drops_its_share_and_keeps_the_mean(layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    x = torch.ones(30, 40, 7, 11).to(memory_format=layout)  # no multiple of four
+    y = Dropout(0.1).train()(x)
+    assert y.is_contiguous(memory_format=layout)
+    assert y.unique().tolist() == pytest.approx([0, 1 / 0.9])
+    assert (y == 0).float().mean().item() == pytest.approx(0.1, abs=0.005)  # five standard errors
+    assert (y == 0).float().mean(dim=(0, 2, 3)).max() < 0.15  # none of the channels more than others
+    assert torch.equal(Dropout(0.1).eval()(x), x)
 
 
 def test_ensemble_gives_the_mean_of_probabilities() -> None:
