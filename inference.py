@@ -4,6 +4,7 @@ python inference.py                      the clips of the test folder -> submiss
 python inference.py a.wav clips/ ...     files, folders, patterns -> a CSV with probabilities on stdout
 python inference.py -                    a file from standard input
 python inference.py --timeline a.wav     a row for each window of 3 s, and a picture in run_dir
+python inference.py --adapt me/ a.wav    the same by a model that knows the voice in some recordings
 python inference.py --checkpoint a.pth,b.pth ...     the mean of what several models say
 python inference.py --export my.onnx     the model, features included, as one file for ONNX Runtime
 """
@@ -30,7 +31,12 @@ if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imp
     parser.add_argument(
         "--abstain", action="store_true", help="no label for what is unlike the training data"
     )
-    parser.add_argument("--export", default="", metavar="FILE", help="write the model as ONNX; label nothing")
+    parser.add_argument(
+        "--adapt", default="", metavar="PATHS", help="recordings of the voice to label: files, folders; a,b"
+    )
+    parser.add_argument(
+        "--export", default="", metavar="FILE", help="write the model: .onnx, or .pth; label nothing"
+    )
     parser.add_argument("--timeline", action="store_true", help="a row per window, and a picture per file")
     parser.add_argument("--step", type=float, default=0.0, help="seconds from window to window of --timeline")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of CSV")
@@ -38,6 +44,7 @@ if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imp
     ARGS = parse(parser)
 
 import contextlib
+import copy
 import csv
 import glob
 import itertools
@@ -63,7 +70,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model import PRETRAINED, Outputs, build_ensemble, export_onnx, join, load_checkpoint, resolve_device
+from model import (
+    MIN_VARIETY,
+    PRETRAINED,
+    Outputs,
+    build_ensemble,
+    export_onnx,
+    join,
+    load_checkpoint,
+    resolve_device,
+    save_checkpoint,
+)
 from prepare import (
     AUDIO_SUFFIXES,
     ENVELOPE_RATE,
@@ -72,6 +89,7 @@ from prepare import (
     FloatArray,
     Recording,
     check_csv_name,
+    class_of,
     find_audio,
     make_demo,
     map_files,
@@ -199,6 +217,57 @@ class Recognizer:
                 raise AudioError(f"{clip if isinstance(clip, str | Path) else f'clip {number}'}: {result}")
             predictions.append(result)
         return predictions if isinstance(clips, list | tuple) else predictions[0]
+
+    def adapt(
+        self,
+        clips: Clip | list[Any] | tuple[Any, ...],
+        rate: float | None = None,
+        *,
+        emotions: Sequence[str] = (),
+    ) -> "Recognizer":
+        """A Recognizer that knows the voice in some recordings; this one stays as it is.
+
+        The recordings need no labels; a dozen of different emotions are enough, and often they are the very
+        clips to be labelled. What they bring is in the README. Notes say where it will not be much.
+
+        Args:
+            clips: As for predict, of one person; of each, the first two minutes are heard.
+            rate: Sampling rate of the arrays.
+            emotions: The label of each recording, if known.
+
+        Raises:
+            AudioError: A recording cannot be used.
+            UserError: They do not sound like speech, or an emotion is none of the labels.
+        """
+        several: list[Any] = [*clips] if isinstance(clips, list | tuple) else [clips]
+        features: list[Tensor] = []
+        seconds = 0.0
+        for clip in several:
+            recording = Recording(clip, self.cfg, rate=rate)
+            windows = list(itertools.islice(recording, round(120 / self.cfg.duration)))
+            features.append(self.model.mfcc(torch.from_numpy(np.stack(windows)).to(self.device)))
+            seconds += recording.seconds
+        owner = [number for number, windows in enumerate(features) for _ in windows]
+        if unknown := set(emotions) - set(self.labels):
+            raise UserError(f"emotions = {', '.join(sorted(unknown))}: must be of {', '.join(self.labels)}")
+        shifts = [self.checkpoint.shifts[self.labels.index(emotion)] for emotion in emotions]
+        model, variety = self.model.adapt(
+            torch.cat(features),
+            torch.tensor(owner, device=self.device),
+            torch.stack(shifts).to(self.device) if shifts else None,
+        )
+        if bool((model.distance(torch.cat(features)) > 1).all()):
+            raise UserError("the recordings to adapt to do not sound like speech (distance above 1)")
+        if len(several) < 8 or seconds < 20:
+            note(f"note: {len(several)} recordings, {seconds:.0f} s: from 8 recordings and 20 s on it pays")
+        if variety < MIN_VARIETY and not emotions:
+            note("note: the recordings to adapt to sound like one emotion: it helps little")
+        adapted = copy.copy(self)
+        adapted.model, adapted.name = model, f"{self.name}, adapted to {len(several)} recordings"
+        members = [dict(network.state_dict()) for network in model.members]
+        distance = dict(model.distance.state_dict())
+        adapted.checkpoint = replace(self.checkpoint, members=members, distance=distance)
+        return adapted
 
     def predict_files(
         self, paths: Sequence[str], *, step: float = 0.0
@@ -587,6 +656,39 @@ def check_flags(flags: Namespace) -> None:
         raise UserError(f"output = {flags.output!r}: must be a file for rows: no folder, audio or model")
 
 
+def adapt_to_files(recognizer: Recognizer, paths: Sequence[Path]) -> Recognizer:
+    """A Recognizer that knows the voice in some files; folders named after emotions tell their labels.
+
+    Raises:
+        UserError: A file cannot be used, or none sounds like speech.
+    """
+    spelling = {class_of(label): label for label in recognizer.labels}  # Suprised is Surprised
+    emotions = [spelling.get(class_of(path.parent.name), "") for path in paths]
+    if is_labelled := all(emotions):
+        note(f"note: the folders tell what they are labelled: {', '.join(sorted(set(emotions)))}")
+    try:
+        return recognizer.adapt(list(paths), emotions=emotions if is_labelled else ())
+    except AudioError as error:
+        raise UserError(f"--adapt: {error}") from None
+
+
+def export(recognizer: Recognizer, path: Path) -> int:
+    """Write the model as ONNX, or, adapted, as a checkpoint.
+
+    Raises:
+        UserError: The path is no name for it, or a package is missing.
+    """
+    if path.suffix == ".pth" and not path.exists():
+        save_checkpoint(path, recognizer.checkpoint)
+        print(f"{path}: {recognizer.name}")
+        return 0
+    export_onnx(path, recognizer.checkpoint, recognizer.model.cpu())
+    cfg = recognizer.cfg
+    shape = f"(any number, {cfg.n_samples}) at {cfg.sample_rate} Hz"
+    print(f"{path}: windows {shape} -> probabilities of {len(recognizer.labels)} classes")
+    return 0
+
+
 def main(cfg: Config, flags: Namespace) -> int:
     """Label a test folder for a submission, or the files named."""
     check_flags(flags)
@@ -599,18 +701,14 @@ def main(cfg: Config, flags: Namespace) -> int:
         if flags.demo or hasattr(flags, "checkpoint"):
             models = cfg.checkpoint.split(",")
         recognizer = Recognizer(*models, device=cfg.device, num_workers=cfg.num_workers)
-        note(f"model: {recognizer.name}")
-        own = getattr
-        if Path(models[0]) not in PRETRAINED.values() and any(
-            own(recognizer.cfg, name) != own(cfg, name) for name in MODEL_FIELDS
-        ):
+        is_bundled = Path(models[0]) in PRETRAINED.values()
+        if not is_bundled and any(getattr(recognizer.cfg, n) != getattr(cfg, n) for n in MODEL_FIELDS):
             note("note: settings are those of the model, not of config.py")
+        if flags.adapt:
+            recognizer = adapt_to_files(recognizer, expand_paths(flags.adapt.split(",")))
+        note(f"model: {recognizer.name}")
         if flags.export:
-            export_onnx(Path(flags.export), recognizer.checkpoint, recognizer.model.cpu())
-            settings, n_classes = recognizer.cfg, len(recognizer.labels)
-            shape = f"(any number, {settings.n_samples}) at {settings.sample_rate} Hz"
-            print(f"{flags.export}: windows {shape} -> probabilities of {n_classes} classes")
-            return 0
+            return export(recognizer, Path(flags.export))
         if not flags.paths:
             return submit(recognizer, cfg, flags.fill)
         names = [(str(path), "-" if path == stdin else str(path)) for path in paths]

@@ -1,5 +1,6 @@
 """Dataset, augmentation, network, the ensemble of networks, and the checkpoint that holds it."""
 
+import copy
 import dataclasses
 import io
 import json
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -25,9 +26,13 @@ from prepare import MFCC, FeatureCache, check_csv_name
 # ---- dataset ---------------------------------------------------------------------------------------------
 
 
-# Windows (W, n_features, n_frames) float32, the clip in the batch that each belongs to (W,) int64, and the
-# class of each clip (B,) int64.
-Batch: TypeAlias = tuple[Tensor, Tensor, Tensor]
+class Batch(NamedTuple):
+    """Some clips."""
+
+    features: Tensor  # (W, n_features, n_frames) float32, of their windows
+    owner: Tensor  # (W,) int64, the clip in the batch that each window belongs to
+    targets: Tensor  # (B,) int64, the class of each clip
+    deviation: Tensor  # (B, n_features, 1) float32, of its mean from its speaker's voice; 0: not known
 
 
 class EmotionDataset(Dataset[Batch]):
@@ -37,12 +42,19 @@ class EmotionDataset(Dataset[Batch]):
     """
 
     def __init__(
-        self, clips: pd.DataFrame, labels: Sequence[str], cache: FeatureCache, *, one_window: bool
+        self,
+        clips: pd.DataFrame,
+        labels: Sequence[str],
+        cache: FeatureCache,
+        *,
+        one_window: bool,
+        deviation: Tensor | None = None,
     ) -> None:
         self.first_window = clips.first_window.to_numpy(np.int64)
         self.n_windows = clips.n_windows.to_numpy(np.int64)
         self.targets = np.array([labels.index(emotion) for emotion in clips["emotion"]], np.int64)
         self.cache, self.one_window = cache, one_window
+        self.deviation = torch.zeros(len(clips), cache.shape[0], 1) if deviation is None else deviation
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -57,7 +69,8 @@ class EmotionDataset(Dataset[Batch]):
             owner = np.repeat(np.arange(len(items)), windows)
             ids = np.concatenate(list(map(np.arange, first, first + windows)))
         features = torch.from_numpy(self.cache.read(ids))
-        return features, torch.from_numpy(owner), torch.from_numpy(self.targets[items])
+        targets = torch.from_numpy(self.targets[items])
+        return Batch(features, torch.from_numpy(owner), targets, self.deviation[items])
 
 
 # ---- augmentation ----------------------------------------------------------------------------------------
@@ -231,6 +244,15 @@ class Dropout(nn.Dropout):
         return x * (bits >= round(2**16 * self.p) - 2**15).to(x.dtype).mul_(1 / (1 - self.p))
 
 
+def loud_mean(features: Tensor, depth: float) -> Tensor:
+    """Features (B, F, T) -> their means (B, F, 1) over the frames that are loud.
+
+    These are at most `depth` below the loudest, in the first coefficient.
+    """
+    loud = (features[:, :1] >= features[:, :1].amax(dim=2, keepdim=True) - depth).float()
+    return features @ loud.mT / loud.sum(dim=2, keepdim=True)
+
+
 class EmotionCNNGRU(nn.Module):
     """A bidirectional GRU over a convolutional network: features (B, F, T) -> logits (B, C), any T >= 1.
 
@@ -256,6 +278,9 @@ class EmotionCNNGRU(nn.Module):
         # How far below the loudest frame others still count in the window's mean, as a first coefficient: 30
         # dB where recordings of any kind come, so that silence and the noise in it do not shift the mean.
         self.depth = 30 * math.sqrt(cfg.n_mels) if cfg.recordings == "any" else math.inf
+        # The mean of a speaker's recordings, which comes in place of the window's own as far as it is known.
+        self.voice = nn.Buffer(torch.zeros(cfg.n_features, 1))
+        self.voice_weight = nn.Buffer(torch.zeros(()))  # 0: not at all
         widths = [cfg.n_features, *(cfg.conv_channels * (2 + block) // 2 for block in range(cfg.conv_blocks))]
         # Over time alone, but as images of one line: PyTorch has faster kernels for these.
         self.conv = nn.Sequential(
@@ -289,13 +314,17 @@ class EmotionCNNGRU(nn.Module):
             nn.Linear(cfg.gru_hidden, n_classes),
         )
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Features (B, F, T) float32, as MFCC gives them -> logits (B, C) float32."""
-        loudest = features[:, :1].amax(dim=2, keepdim=True)
-        loud = (features[:, :1] >= loudest - self.depth).float()  # (B, 1, T)
-        own_mean = features @ loud.mT / loud.sum(dim=2, keepdim=True)  # (B, F, 1)
-        mean = torch.lerp(self.mean + self.level * loudest, own_mean, self.cmn)
-        x = (features - mean) / self.std
+    def forward(self, features: Tensor, deviation: Tensor | None = None) -> Tensor:
+        """Features (B, F, T) float32, as MFCC gives them -> logits (B, C) float32.
+
+        `deviation` (B, F, 1) is that of each clip from the voice of its speaker; else the voice is that of
+        the network, if it knows one.
+        """
+        own_mean = loud_mean(features, self.depth)  # (B, F, 1)
+        if deviation is None:
+            deviation = self.voice_weight * (own_mean - self.voice)
+        level = self.level * features.amax(dim=2, keepdim=True)
+        x = (features - torch.lerp(self.mean + level, own_mean - deviation, self.cmn)) / self.std
         x = x[:, :, None].to(memory_format=torch.channels_last)  # (B, F, 1, T)
         x = self.conv(x)[:, :, 0]  # (B, channels, T / 2 ** conv_blocks)
         states = self.gru(x.transpose(1, 2))[0].float()  # (B, T', 2 * gru_hidden)
@@ -345,10 +374,11 @@ class Distance(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Features (W, F, T) -> distances (W,)."""
-        away: Tensor = (self._statistics(features) - self.mean) @ self.whiten
+        away: Tensor = (self.statistics(features) - self.mean) @ self.whiten
         return away.square().sum(dim=1).sqrt()
 
-    def _statistics(self, features: Tensor) -> Tensor:
+    def statistics(self, features: Tensor) -> Tensor:
+        """Means and stds over time of each window, (W, n_mfcc): what the distance is taken of."""
         mfcc = features[:, : self.n_rows]
         means = mfcc.mean(dim=2)
         if not self.hears_level:
@@ -357,13 +387,16 @@ class Distance(nn.Module):
 
     def fit(self, train: Iterable[Tensor], val: Iterable[Tensor]) -> None:
         """Learn from batches of training windows; all but 1.5 % of the validation windows are within 1."""
-        statistics = torch.cat([self._statistics(features) for features in train]).double()
+        statistics = torch.cat([self.statistics(features) for features in train]).double()
         covariance = statistics.T.cov()
         covariance += (1e-3 * covariance.diag() + 1e-3).diag()  # one row may follow from others
         self.mean.copy_(statistics.mean(dim=0))
         self.whiten.copy_(torch.linalg.inv(torch.linalg.cholesky(covariance)).T)
         limit = torch.cat([self(features) for features in val]).quantile(0.985)
         self.whiten.div_(limit.clamp(min=1e-3))
+
+
+MIN_VARIETY = 0.5  # nats by which recordings differ in emotion, for batch norms to learn from them
 
 
 class EmotionEnsemble(nn.Module):
@@ -381,11 +414,60 @@ class EmotionEnsemble(nn.Module):
         super().__init__()
         self.mfcc, self.members = mfcc, nn.ModuleList(members)
         self.distance, self.temperature = distance, temperature
+        self.depth: float = members[0].depth  # type: ignore[assignment] # of loud_mean
 
     def forward(self, features: Tensor) -> Outputs:
         """Features (B, F, T) of windows -> what the networks make of each."""
         probabilities = torch.stack([member(features).softmax(dim=1) for member in self.members]).mean(dim=0)
         return Outputs(probabilities, self.distance(features))
+
+    @torch.no_grad()
+    def adapt(
+        self, features: Tensor, owner: Tensor, shifts: Tensor | None = None
+    ) -> tuple["EmotionEnsemble", float]:
+        """A model that knows the voice in some recordings, whose emotions need not be known.
+
+        What is constant in a speaker's recordings (voice, microphone, room, language) hides the emotion. In
+        networks with CMN the mean of the recordings takes the place of the window's own. In all networks
+        batch norms take their statistics from the recordings (AdaBN; Li et al. 2016, arXiv:1603.04779), the
+        more the more there are, but not where all sound alike: these would take the emotion away.
+
+        Args:
+            features: (W, F, T), of the windows of all recordings.
+            owner: (W,) int64, the recording that each window belongs to, from 0.
+            shifts: (N, F, 1), by how much the emotion of each recording moves its mean, where that is known.
+
+        Returns:
+            The model, and how far the recordings differ in emotion by its own view: the mutual information
+            of recording and label in nats, at most log(C).
+        """
+        adapted, n_windows = copy.deepcopy(self), len(features)
+        means = mean_over_windows(loud_mean(features, self.depth), owner, int(owner.max()) + 1)
+        networks: Any = adapted.members
+        for network in networks:
+            network.voice.copy_((means if shifts is None else means - shifts).mean(dim=0))
+            # Only networks for any recordings have heard voices in training.
+            network.voice_weight.fill_(len(means) / (len(means) + 4) if math.isfinite(self.depth) else 0)
+        chosen = torch.linspace(0, n_windows - 1, min(n_windows, 128), device=owner.device).long()
+        features, owner = features[chosen], torch.unique(owner[chosen], return_inverse=True)[1]
+        weight = len(chosen) / (len(chosen) + 16)
+        adapted.distance.mean.lerp_(self.distance.statistics(features).mean(dim=0), weight)
+        if len(chosen) < 2:  # a batch of one has no statistics
+            return adapted, 0.0
+        norms = [norm for norm in adapted.modules() if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)]
+        running = [b for norm in norms for b in (norm.running_mean, norm.running_var) if b is not None]
+        trained = [statistic.clone() for statistic in running]
+        for norm in norms:
+            norm.train().momentum = weight
+        adapted(features)
+        adapted.eval()
+        probabilities = adapted(features).of_clips(owner, int(owner.max()) + 1).probabilities
+        entropy = torch.special.entr(probabilities).sum(dim=1)
+        variety = (torch.special.entr(probabilities.mean(dim=0)).sum() - entropy.mean()).item()
+        gate = min(1.0, max(0.0, (variety - MIN_VARIETY) / 0.2))
+        for statistic, before in zip(running, trained, strict=True):
+            statistic.copy_(before.lerp(statistic, gate))
+        return adapted, variety
 
     def calibrated(self, outputs: Outputs) -> Tensor:
         """Outputs of N windows or clips -> probabilities (N, C) that can be believed.
@@ -447,6 +529,7 @@ class Checkpoint:
     epochs: list[int]  # the epoch that each network is of
     temperature: float  # of calibrate()
     distance: dict[str, Tensor]  # state of Distance
+    shifts: Tensor  # (C, n_features, 1), by how much each emotion moves the mean of a speaker's clips
     n_clips: dict[str, int]  # training clips of each class
     seen: Tensor  # (n,) int64, sorted short hashes of the clips that it was trained on or chosen by
     environment: dict[str, str]  # versions, commit and processor that it was trained with
@@ -630,7 +713,7 @@ def export_onnx(path: Path, checkpoint: Checkpoint, model: EmotionEnsemble) -> N
         OSError: It cannot be written.
     """
     if path.suffix != ".onnx" or path.is_dir():  # a checkpoint named by mistake would be lost
-        raise UserError(f"export = {str(path)!r}: must be a file whose name ends in .onnx")
+        raise UserError(f"export = {str(path)!r}: must be a file whose name ends in .onnx, or a new .pth")
     cfg = checkpoint.config
     example = torch.zeros(2, cfg.n_samples)  # of one window, it would export a model for one
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # packages that are not needed

@@ -35,6 +35,7 @@ if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imp
     parser.add_argument("--folds", type=int, default=0, help="cross-validate: test on each of so many parts")
     parser.add_argument("--init", metavar="MODEL", help="start from the weights of a trained model")
     parser.add_argument("--evaluate", metavar="FOLDER", help="score the model on labelled clips; no training")
+    parser.add_argument("--adapt", action="store_true", help="with --evaluate: also adapted to each speaker")
     parser.add_argument("--compare", metavar="RUN", nargs="+", help="compare run folders with the first one")
     ARGS = parse(parser)
 
@@ -88,6 +89,8 @@ from model import (
     load_checkpoint,
     load_tensors,
     load_weights,
+    loud_mean,
+    mean_over_windows,
     resolve_device,
     save_checkpoint,
     save_tensors,
@@ -147,14 +150,75 @@ def draw_clips(clips: pd.DataFrame, cfg: Config, seed: int) -> pd.DataFrame:
     return clips.sample(frac=1, random_state=seed % 2**32).groupby(speakers).head(MAX_PER_SPEAKER)
 
 
-def make_train_loader(clips: pd.DataFrame, labels: Sequence[str], cache: FeatureCache, cfg: Config) -> Loader:
-    """A random window of each clip, in random order."""
+def mean_features(clips: pd.DataFrame, cache: FeatureCache, cfg: Config, depth: float) -> Tensor:
+    """What is constant in each clip: the mean of its windows' loud_mean, (N, n_features, 1)."""
+    loader = make_loader(clips, sorted(set(clips.emotion)), cache, cfg)
+    batches = [mean_over_windows(loud_mean(b.features, depth), b.owner, len(b.targets)) for b in loader]
+    return torch.cat(batches)
+
+
+def draw_deviations(clips: pd.DataFrame, means: Tensor, seed: int) -> Tensor:
+    """How far each clip is from its speaker's voice, as far as that is known from some of his clips.
+
+    A voice is the mean of 1 to 64 clips, in half of the cases of a random mixture of emotions, since what
+    people record is seldom balanced; a quarter of the clips, and those of unknown speakers, have none.
+    The fewer clips, the less a voice counts.
+
+    Args:
+        clips: With the columns emotion and speaker.
+        means: (N, F, 1), of each clip, as mean_features gives them.
+        seed: Equal seeds draw the same.
+
+    Returns:
+        (N, F, 1).
+    """
+    rng, values = np.random.default_rng(seed), means.numpy()
+    deviations = np.zeros_like(values)
+    for speaker, rows in clips.groupby("speaker").indices.items():
+        _, classes, counts = np.unique(clips.emotion.iloc[rows], return_inverse=True, return_counts=True)
+        for row in rows if speaker else ():
+            if rng.random() < 0.25:
+                continue
+            n_clips, shares = round(64 ** rng.random()), np.ones(len(rows))
+            if rng.random() < 0.5:
+                shares = rng.dirichlet([0.3] * len(counts))[classes] / counts[classes]
+            voice = values[rng.choice(rows, n_clips, p=shares / shares.sum())].mean(axis=0)
+            deviations[row] = n_clips / (n_clips + 4) * (values[row] - voice)
+    return torch.from_numpy(deviations)
+
+
+def make_train_loader(
+    clips: pd.DataFrame,
+    labels: Sequence[str],
+    cache: FeatureCache,
+    cfg: Config,
+    deviation: Tensor | None = None,
+) -> Loader:
+    """A random window of each clip, in random order; `deviation` as Batch has it."""
     repeats = math.ceil(cfg.min_steps * cfg.batch_size / len(clips))  # an epoch has min_steps or more
-    dataset = EmotionDataset(pd.concat([clips] * repeats), labels, cache, one_window=True)
+    deviation = deviation if deviation is None else torch.cat([deviation] * repeats)
+    clips = pd.concat([clips] * repeats)
+    dataset = EmotionDataset(clips, labels, cache, one_window=True, deviation=deviation)
     # Batch norm cannot learn from a single clip: a last batch of one waits for the next epoch.
     drop_last = len(dataset) % cfg.batch_size == 1
     batches = BatchSampler(RandomSampler(dataset), cfg.batch_size, drop_last)
     return DataLoader(dataset, batch_size=None, sampler=batches)
+
+
+def draw_epoch(
+    clips: pd.DataFrame,
+    labels: Sequence[str],
+    cache: FeatureCache,
+    cfg: Config,
+    *,
+    seed: int,
+    means: Tensor | None,
+) -> Loader:
+    """The clips of an epoch; where the `means` of all clips are given, with deviations from voices."""
+    drawn, deviations = draw_clips(clips, cfg, seed), None
+    if means is not None:
+        deviations = draw_deviations(clips, means, seed)[drawn.index.to_numpy()]
+    return make_train_loader(drawn, labels, cache, cfg, deviations)
 
 
 def class_weights(targets: "pd.Series[str]", labels: Sequence[str]) -> Tensor:
@@ -200,10 +264,10 @@ def train_epoch(
     device = next(model.parameters()).device
     losses: list[Tensor] = []  # on the device: not every step waits for a GPU
     accuracies: list[Tensor] = []
-    for features, _, targets in loader:
-        features, targets = augment(features.to(device)), targets.to(device)  # noqa: PLW2901
+    for batch in loader:
+        features, targets = augment(batch.features.to(device)), batch.targets.to(device)
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            logits = model(features)  # (B, C)
+            logits = model(features, batch.deviation.to(device))  # (B, C)
         loss = criterion(logits, targets)
         optimizer.zero_grad()
         loss.backward()
@@ -219,6 +283,25 @@ def train_epoch(
     return loss_of_epoch, torch.stack(accuracies).mean().item()
 
 
+def evaluate_adapted(
+    model: EmotionEnsemble, clips: pd.DataFrame, labels: Sequence[str], cache: FeatureCache, cfg: Config
+) -> Tensor:
+    """Probabilities (N, C) float32 of clips, by models adapted to the speaker of each, without any label.
+
+    Clips of unknown speakers are labelled by the model as it is.
+    """
+    probabilities, device = torch.zeros(len(clips), len(labels)), next(model.parameters()).device
+    for speaker, rows in clips.groupby("speaker").indices.items():
+        loader, own = make_loader(clips.iloc[rows], labels, cache, cfg), model
+        if speaker:
+            batches = list(loader)
+            owners = [batch.owner + number * cfg.batch_size for number, batch in enumerate(batches)]
+            features = torch.cat([batch.features for batch in batches])
+            own, _ = model.adapt(features.to(device), torch.cat(owners).to(device))
+        probabilities[rows] = evaluate(own, loader)[0]
+    return probabilities
+
+
 @torch.inference_mode()
 def evaluate(
     model: EmotionEnsemble, loader: Loader, dtype: torch.dtype = torch.float32
@@ -228,12 +311,12 @@ def evaluate(
     device = next(model.parameters()).device
     probabilities: list[Tensor] = []
     classes: list[Tensor] = []
-    for features, owner, targets in loader:
+    for batch in loader:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            of_windows = model(features.to(device))
-        of_clips = of_windows.of_clips(owner.to(device), len(targets))
+            of_windows = model(batch.features.to(device))
+        of_clips = of_windows.of_clips(batch.owner.to(device), len(batch.targets))
         probabilities.append(model.calibrated(of_clips).cpu())
-        classes.append(targets)
+        classes.append(batch.targets)
     return torch.cat(probabilities), torch.cat(classes)
 
 
@@ -292,7 +375,7 @@ def fit(
     dtype = getattr(torch, cfg.precision)
     # The augmentation is made on the CPU, and takes the features' constants along to the device.
     cache, augment = FeatureCache(cfg, mfcc), Augment(copy.deepcopy(mfcc), cfg).to(device)
-    train_clips, val_clips = clips[clips.part == "train"], clips[clips.part == "val"]
+    train_clips, val_clips = (clips[clips.part == part].reset_index(drop=True) for part in ("train", "val"))
     val_loader = make_loader(val_clips, labels, cache, cfg)
     example = draw_clips(train_clips, cfg, seed)  # every epoch has about as many clips of each class
     weights = class_weights(example.emotion, labels)
@@ -302,6 +385,8 @@ def fit(
     model = make_network(cfg, len(labels), member, make_loader(train_clips, labels, cache, cfg)).to(device)
     if init:
         start_from(init, model, member, labels)
+    hears_voices = cfg.recordings == "any" and bool(model.cmn.any())
+    means = mean_features(train_clips, cache, cfg, model.depth) if hears_voices else None
     average = make_average(model, cfg.ema_decay)
     optimizer = make_optimizer(model, cfg)
     n_steps = len(make_train_loader(example, labels, cache, cfg))
@@ -321,10 +406,8 @@ def fit(
     while len(history) < cfg.epochs and bad_epochs < cfg.patience and time.time() < deadline:
         started, epoch, lr = time.perf_counter(), len(history) + 1, optimizer.param_groups[0]["lr"]
         # Seeded anew each epoch, so that a resumed run needs no state of random generators.
-        torch.manual_seed(seed * 10_007 + epoch)
-        train_loader = make_train_loader(
-            draw_clips(train_clips, cfg, torch.initial_seed()), labels, cache, cfg
-        )
+        torch.manual_seed(epoch_seed := seed * 10_007 + epoch)
+        train_loader = draw_epoch(train_clips, labels, cache, cfg, seed=epoch_seed, means=means)
         loss, train_accuracy = train_epoch(
             model,
             train_loader,
@@ -388,8 +471,8 @@ def make_network(cfg: Config, n_classes: int, member: int, loader: Loader) -> Em
     if cfg.cmn == "all" or (cfg.cmn == "alternate" and member % 2 == 0):
         model.cmn[1 : cfg.n_mfcc] = 1  # the first coefficient, which is the loudness, keeps its mean
     total = squares = n_frames = torch.zeros((), dtype=torch.float64)
-    for features, _, _ in loader:
-        values = model.remove_level(features).double()
+    for batch in loader:
+        values = model.remove_level(batch.features).double()
         total = total + values.sum(dim=(0, 2))
         squares = squares + values.square().sum(dim=(0, 2))
         n_frames = n_frames + values.shape[0] * values.shape[2]
@@ -897,7 +980,8 @@ def finish(cfg: Config, inputs: Inputs) -> dict[str, Any]:
     for fold in inputs.folds:
         if fold:
             say(f"\nfold {fold} of {len(inputs.folds)}")
-        metrics, predictions = report(fold_config(cfg, fold), *make_model(cfg, inputs, fold=fold))
+        made = make_model(cfg, inputs, fold=fold)
+        metrics, predictions = report(fold_config(cfg, fold), *made, adapt=cfg.split == "speaker")
         tables.append(predictions)
     if inputs.folds != [0]:
         return report_folds(cfg, tables)
@@ -976,6 +1060,7 @@ def make_model(cfg: Config, inputs: Inputs, *, fold: int) -> tuple[Checkpoint, p
         epochs=[best["epoch"] for best in kept],
         temperature=temperature * relative_temperature(len(networks)),
         distance=fit_distance(cfg, clips, mfcc),
+        shifts=fit_shifts(cfg, clips, mfcc, labels),
         n_clips={label: int((learnt.emotion == label).sum()) for label in labels},
         seen=torch.unique(torch.cat(seen)),
         environment=about["environment"],
@@ -994,8 +1079,22 @@ def fit_distance(cfg: Config, clips: pd.DataFrame, mfcc: MFCC) -> dict[str, Tens
     """What Distance learns from the training and validation clips of one network."""
     cache, labels, distance = FeatureCache(cfg, mfcc), sorted(set(clips.emotion)), Distance(cfg)
     train, val = (make_loader(clips[clips.part == part], labels, cache, cfg) for part in ("train", "val"))
-    distance.fit((features for features, _, _ in train), (features for features, _, _ in val))
+    distance.fit((batch.features for batch in train), (batch.features for batch in val))
     return distance.state_dict()
+
+
+def fit_shifts(cfg: Config, clips: pd.DataFrame, mfcc: MFCC, labels: Sequence[str]) -> Tensor:
+    """By how much each emotion moves the mean of a speaker's clips, (C, n_features, 1)."""
+    known = clips[(clips.part == "train") & (clips.speaker != "")]
+    shifts = torch.zeros(len(labels), cfg.n_features, 1)
+    if len(known):
+        means = mean_features(known, FeatureCache(cfg, mfcc), cfg, EmotionCNNGRU(cfg, len(labels)).depth)
+        table = pd.DataFrame(means[:, :, 0].numpy(), index=known.index)
+        by_class = table.groupby([known.speaker, known.emotion]).mean()
+        moved = by_class - by_class.groupby(level=0).mean()  # of each speaker, every class counting alike
+        for emotion, rows in moved.groupby(level=1):
+            shifts[labels.index(emotion), :, 0] = torch.from_numpy(rows.mean().to_numpy())
+    return shifts
 
 
 def out_of_bag(networks: Sequence[Network]) -> tuple[pd.DataFrame, Tensor, Tensor]:
@@ -1043,7 +1142,13 @@ def fit_temperature(probabilities: Tensor, targets: Tensor, n_networks: Tensor) 
 
 
 def report(
-    cfg: Config, checkpoint: Checkpoint, clips: pd.DataFrame, validated: pd.DataFrame, about: str = ""
+    cfg: Config,
+    checkpoint: Checkpoint,
+    clips: pd.DataFrame,
+    validated: pd.DataFrame,
+    *,
+    about: str = "",
+    adapt: bool = False,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Score a model on the test clips among those given, and write metrics, predictions and figures.
 
@@ -1053,6 +1158,7 @@ def report(
         clips: As load_corpus gives them, with the column part.
         validated: Its predictions of the validation clips, if any.
         about: Which clips these are; empty: what describe_split says.
+        adapt: Whether to score the test clips a second time, by models adapted to their speakers.
 
     Returns:
         What metrics.json holds, and the predictions of the test clips; where there are none, of the
@@ -1073,9 +1179,14 @@ def report(
         metrics["val"] = score(validated)
     test = clips[clips.part == "test"].reset_index(drop=True)
     if len(test):
-        loader = make_loader(test, checkpoint.labels, FeatureCache(cfg, model.mfcc), cfg)
-        predictions = make_predictions(test, checkpoint.labels, evaluate(model, loader)[0])
+        cache, labels = FeatureCache(cfg, model.mfcc), checkpoint.labels
+        predictions = make_predictions(
+            test, labels, evaluate(model, make_loader(test, labels, cache, cfg))[0]
+        )
         metrics["test"] = score(predictions) | {"seen": checkpoint.count_seen(test)}
+        if adapt:
+            probabilities = evaluate_adapted(model, test, labels, cache, cfg)
+            metrics["adapted"] = score(make_predictions(test, labels, probabilities))
     save_json(run_dir / "metrics.json", metrics)
     save_predictions(run_dir, predictions)
     for part, title in PART_TITLES.items():
@@ -1090,6 +1201,7 @@ def report(
 PART_TITLES = {
     "val": "validation clips, each by the networks that did not train on it (they chose the epochs)",
     "test": "test clips, scored once",
+    "adapted": "test clips, the model adapted to each speaker by his test clips, without their labels",
 }
 
 
@@ -1370,8 +1482,10 @@ def load_init(path: Path, cfg: Config, labels: Sequence[str]) -> Checkpoint:
     return checkpoint
 
 
-def evaluate_folder(cfg: Config, folder: str, path: Path) -> None:
+def evaluate_folder(cfg: Config, folder: str, path: Path, *, adapt: bool) -> None:
     """Score a model on a folder of labelled clips; the report goes to run_dir/evaluate_<folder>.
+
+    With `adapt` also by models adapted to each speaker.
 
     Raises:
         UserError: There is no such model, or it knows no class of the folder.
@@ -1398,7 +1512,7 @@ def evaluate_folder(cfg: Config, folder: str, path: Path) -> None:
         )
     about = f"{len(clips):,} of {len(found):,} clips of {folder}"
     say(printable(about))
-    report(cfg, checkpoint, clips.assign(part="test"), pd.DataFrame(), about)
+    report(cfg, checkpoint, clips.assign(part="test"), pd.DataFrame(), about=about, adapt=adapt)
 
 
 def read_run(folder: str) -> tuple[dict[str, Any], pd.DataFrame]:
@@ -1488,10 +1602,12 @@ def main(cfg: Config, flags: Namespace) -> int:
         compare(flags.compare)
     elif flags.evaluate is not None:
         about_labels = {"labels_from", "extra_labels"}
-        refuse_others(flags, "evaluate", (RUNTIME_FIELDS - {"data_dir", "submission"}) | about_labels)
+        allowed = (RUNTIME_FIELDS - {"data_dir", "submission"}) | about_labels | {"adapt"}
+        refuse_others(flags, "evaluate", allowed)
         is_named = flags.demo or {"checkpoint", "run_dir"} & vars(flags).keys()
         path = Path(cfg.checkpoint)
-        evaluate_folder(cfg, flags.evaluate, path if is_named or path.exists() else PRETRAINED["any"])
+        path = path if is_named or path.exists() else PRETRAINED["any"]
+        evaluate_folder(cfg, flags.evaluate, path, adapt=flags.adapt)
     else:
         check_flags(cfg, flags)
         if flags.demo and os.environ.get("RANK", "0") == "0":
@@ -1510,6 +1626,8 @@ def check_flags(cfg: Config, flags: Namespace) -> None:
         raise UserError(f"folds = {flags.folds}: must be 0 or at least 2")
     if flags.folds and hasattr(flags, "checkpoint"):
         raise UserError("--folds keeps a checkpoint of each fold in run_dir: leave out --checkpoint")
+    if flags.adapt:
+        raise UserError("--adapt is for --evaluate; --split speaker reports it anyway: leave it out")
     if flags.resume and flags.init:
         raise UserError("--resume goes on with what the run started from: leave out --init")
     if Path(cfg.checkpoint).is_dir():

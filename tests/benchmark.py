@@ -162,11 +162,11 @@ def training_row(clips: pd.DataFrame, mfcc: MFCC, cfg: Config, *, scratch: Path,
     def forward_and_backward(row: dict[str, float]) -> None:
         ours.append(row["seconds"])
         started = time.perf_counter()
-        for features, _, targets in ready:
+        for batch in ready:
             model.zero_grad()
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-                logits = model(features)
-            criterion(logits, targets).backward()
+                logits = model(batch.features)
+            criterion(logits, batch.targets).backward()
         bare.append(time.perf_counter() - started)
 
     fit(cfg, few, mfcc, on_epoch=forward_and_backward)
@@ -242,6 +242,7 @@ def save_random_model(path: Path, cfg: Config, labels: list[str], mfcc: MFCC) ->
         n_clips=dict.fromkeys(labels, 0),
         temperature=1.0,
         distance=dict(Distance(cfg).state_dict()),
+        shifts=torch.zeros(len(labels), cfg.n_features, 1),
         seen=torch.empty(0, dtype=torch.int64),
         environment={},
         run="benchmark",

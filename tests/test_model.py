@@ -79,7 +79,7 @@ def test_training_draws_one_window_of_each_clip(stored: tuple[pd.DataFrame, Feat
     loader = make_train_loader(stored[0], EMOTIONS, stored[1], TINY_CFG)
     seen: dict[int, set[float]] = {0: set(), 1: set(), 2: set()}
     for _ in range(60):
-        for features, _, targets in loader:
+        for features, _, targets, _ in loader:
             for target, value in zip(targets.tolist(), features[:, 0, 0].tolist(), strict=True):
                 seen[target].add(round(value, 1))
     assert seen == {0: {1.0}, 1: {0.0, 0.1, 0.2}, 2: {2.0, 2.1}}  # the first clip is Sad, the second Angry

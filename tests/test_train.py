@@ -64,6 +64,7 @@ def state(cfg: Config, member: int = 1) -> dict[str, Any]:
 
 
 ACTIONS = {
+    "adapt": False,
     "demo": False,
     "resume": False,
     "folds": 0,
