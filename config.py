@@ -19,11 +19,12 @@ import select
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, NoReturn, TextIO, get_args, get_origin
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -379,6 +380,19 @@ def save_view(path: Path, make: Callable[[], bytes]) -> bool:
     return True
 
 
+def fill_page(name: str, content: Mapping[str, Any]) -> bytes:
+    """A page of assets/ with its data: as JSON without `<`, or a name could end the script that holds it."""
+    template = Path(__file__).with_name("assets") / name
+    return template.read_bytes().replace(b"{{data}}", json.dumps(content).replace("<", "\\u003c").encode())
+
+
+def link_to(path: str | Path, folder: Path) -> str:
+    """The address of a file in a page of a folder."""
+    return quote(Path(os.path.relpath(path, folder)).as_posix(), errors="surrogateescape")
+
+
+# ---- figures ---------------------------------------------------------------------------------------------
+
 # Colours that the colour-blind can tell apart (Okabe & Ito 2008, Color Universal Design).
 COLOURS = "#d55e00 #009e73 #cc79a7 #e69f00 #56b4e9 #0072b2 #f0e442 #000000".split()
 STYLE: Any = {
@@ -393,18 +407,67 @@ STYLE: Any = {
 
 
 def save_figure(path: Path, draw: "Callable[[], Figure]") -> bool:
-    """Draw a figure and write it as PNG, as save_view does."""
+    """Draw a figure and write it as PNG, and as PDF beside it, as save_view does."""
 
     def make() -> bytes:
         import matplotlib as mpl  # takes a second; pyplot would want a display
 
-        buffer = io.BytesIO()
-        with warnings.catch_warnings(), mpl.rc_context(STYLE):
-            warnings.filterwarnings("ignore", "Glyph")  # a class name in a script that the font lacks
-            draw().savefig(buffer, format="png", dpi=150)
-        return buffer.getvalue()
+        png, pdf = io.BytesIO(), io.BytesIO()
+        with mpl.rc_context(STYLE):
+            figure = draw()
+            figure.savefig(png, format="png", dpi=150)
+            figure.savefig(pdf, format="pdf", dpi=300)
+        save_file(path.with_suffix(".pdf"), pdf.getvalue())
+        return png.getvalue()
 
     return save_view(path, make)
+
+
+def legible(names: Sequence[str]) -> list[str]:
+    """Names as a figure can show them: in fonts that have their letters, else as numbers, with a note.
+
+    To be called once by what save_figure draws, before it makes the figure, whose fonts this chooses.
+    """
+    import matplotlib as mpl
+
+    names = [printable(name) for name in names]
+    families, missing = find_fonts("".join(sorted(set("".join(names)))))
+    mpl.rcParams["font.family"] = list(families)  # save_figure puts it back
+    shown = [number_of(name) if missing & set(name) else name for name in names]
+    return [name.replace("$", r"\$") for name in shown]  # or it would be a formula
+
+
+@cache
+def find_fonts(text: str) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Families of fonts that have the characters of a text, and the characters that no installed one has.
+
+    matplotlib looks for each character in one family after another; its own font comes first.
+    """
+    from matplotlib import font_manager
+
+    families: list[str] = []
+    missing = set(text)
+    # Not its list of fonts, which does not know those installed since it was made.
+    files = sorted(font_manager.findSystemFonts(), key=lambda f: ("Regular" not in f, "Sans" not in f, f))
+    for file in [font_manager.findfont("DejaVu Sans"), *files]:
+        with contextlib.suppress(OSError, RuntimeError):  # a font that matplotlib cannot use
+            font = font_manager.get_font(file)
+            found = {character for character in missing if font.get_char_index(ord(character))}
+            if found or not families:
+                font_manager.fontManager.addfont(file)
+                families.append(font.family_name)
+                missing -= found
+        if not missing:
+            break
+    return tuple(families), frozenset(missing)
+
+
+@cache
+def number_of(name: str) -> str:
+    """What the figures call a name that no font can show; the first time a note tells it."""
+    number = f"#{number_of.cache_info().currsize + 1}"
+    note(f"note: {name} is {number} in the figures: no installed font has its letters")
+    return number
 
 
 # ---- how a script ends -----------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ from config import (
     RUNTIME_FIELDS,
     Config,
     UserError,
+    fill_page,
+    legible,
+    link_to,
     make_parser,
     note,
     parse,
@@ -22,6 +25,7 @@ from config import (
     run,
     save_figure,
     save_file,
+    save_view,
 )
 
 if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imports
@@ -97,6 +101,7 @@ from prepare import (
 )
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BLOCK = 64  # windows that go through the networks at once
@@ -468,7 +473,7 @@ def label_files(
         if not flags.json:
             table.writerow(map(shown, header))
         quiet = True if stream.isatty() else None  # rows and a bar would mix
-        for (_, name), (_, result) in zip(tqdm(names, "files", disable=quiet), predictions, strict=True):
+        for (_, name), (path, result) in zip(tqdm(names, "files", disable=quiet), predictions, strict=True):
             if isinstance(result, AudioError):
                 results.append((name, result))
                 continue
@@ -481,9 +486,9 @@ def label_files(
                 table.writerows([shown(str(row[column])) for column in header] for row in rows)
             stream.flush()
             if result.timeline is not None:
-                path = Path(cfg.run_dir, f"timeline_{titles[len(results) - 1]}.png")
-                if save_figure(path, partial(plot_timeline, result.timeline, recognizer.labels, name)):
-                    note(f"picture of {name}: {path}")
+                link = link_to(path, Path(cfg.run_dir)) if name == path else ""  # of stdin no file stays
+                picture = Path(cfg.run_dir, f"timeline_{titles[len(results) - 1]}.png")
+                save_timeline(picture, result.timeline, recognizer.labels, name, link)
     n_failures = report_results(dict(results))
     if flags.output:
         print(f"{n_rows} rows in {flags.output}")
@@ -525,6 +530,13 @@ def unique_stems(names: Sequence[str]) -> list[str]:
 # ---- timeline --------------------------------------------------------------------------------------------
 
 PAUSE = 0.03  # a window whose loudest point is below this part of the recording's loud points (-30 dB)
+PAUSE_STYLE = {"color": "gainsboro", "label": "pause"}
+FAR_STYLE = {
+    "facecolor": "darkgrey",
+    "edgecolor": "white",
+    "hatch": "////",
+    "label": "unlike the\ntraining data",
+}
 
 
 def find_pauses(timeline: Timeline) -> npt.NDArray[np.bool_]:
@@ -535,36 +547,102 @@ def find_pauses(timeline: Timeline) -> npt.NDArray[np.bool_]:
     return np.array(peaks) < PAUSE * loud
 
 
+def window_edges(windows: pd.DataFrame) -> npt.NDArray[np.float64]:
+    """From where to where each window of a timeline is drawn, in seconds, (W + 1,).
+
+    Windows overlap, and a border is drawn halfway between the middles of two.
+    """
+    middle = (windows.start + windows.end).to_numpy() / 2
+    return np.concatenate([[0], (middle[1:] + middle[:-1]) / 2, windows.end[-1:]])
+
+
+def label_colours(labels: Sequence[str]) -> list[str]:
+    """A colour for each label, as #rrggbb."""
+    from matplotlib import colormaps, colors  # takes a second
+
+    if len(labels) <= len(COLOURS):
+        return COLOURS[: len(labels)]
+    return [colors.to_hex(colour) for colour in colormaps["viridis"](np.linspace(0, 1, len(labels)))]
+
+
+def mean_width(n_windows: int) -> int:
+    """Windows in the moving mean of a timeline: an odd number, one where there are few."""
+    return n_windows // 60 | 1
+
+
+def save_timeline(picture: Path, timeline: Timeline, labels: Sequence[str], title: str, link: str) -> None:
+    """Write the picture of a timeline, and beside it a page to look at while the recording plays."""
+    page = picture.with_suffix(".html")
+    drawn = save_figure(picture, partial(plot_timeline, timeline, labels, title))
+    if save_view(page, partial(timeline_page, timeline, labels, title, link)) and drawn:
+        note(f"timeline of {title}: {picture}; to listen to: {page}")
+
+
+def timeline_page(timeline: Timeline, labels: Sequence[str], title: str, link: str) -> bytes:
+    """HTML with a player, the waveform, the label of each window and the stacked probabilities.
+
+    `link` is the recording, as the page names it; empty if there is no file to play.
+    """
+    windows, envelope = timeline
+    probabilities = windows[[*labels]].to_numpy()
+    kinds = [find_pauses(timeline), windows.distance > 1]  # numbered after the labels
+    shown = np.select(kinds, [len(labels), len(labels) + 1], probabilities.argmax(axis=1))
+    content = {
+        "title": title,
+        "link": link,
+        "labels": [*labels],
+        "colours": label_colours(labels),
+        "edges": window_edges(windows).round(2).tolist(),
+        "shown": shown.tolist(),
+        "probabilities": probabilities.round(3).tolist(),
+        "width": mean_width(len(windows)),
+        "rate": ENVELOPE_RATE,
+        "envelope": (100 * envelope / max(envelope.max(), 1e-9)).round().astype(int).tolist(),
+    }
+    return fill_page("timeline.html", content)
+
+
 def plot_timeline(timeline: Timeline, labels: Sequence[str], title: str) -> "Figure":
-    """The outline of the waveform above the stacked probabilities; pauses and what is no speech are grey."""
-    from matplotlib import colormaps  # takes a second
-    from matplotlib.figure import Figure
+    """The outline of the waveform, the label of each window, and the stacked probabilities.
+
+    These are a moving mean over windows with speech; pauses and what is unlike the training data are grey.
+    """
+    from matplotlib.figure import Figure  # takes a second
 
     windows, envelope = timeline
-    start, end = windows.start.to_numpy(), windows.end.to_numpy()
-    unit, scale = ("minutes", 60) if end[-1] > 180 else ("seconds", 1)
-    middle = (start + end) / 2
-    edges = np.concatenate([[0], (middle[1:] + middle[:-1]) / 2, end[-1:]]) / scale
-    heights = pd.concat([windows, windows[-1:]])[labels].T  # (C, W + 1)
-    colours = COLOURS if len(labels) <= len(COLOURS) else colormaps["viridis"](np.linspace(0, 1, len(labels)))
+    *names, title = legible([*labels, title])
+    unit, scale = ("minutes", 60) if windows.end.iloc[-1] > 180 else ("seconds", 1)
+    edges, times = window_edges(windows) / scale, np.arange(len(envelope)) / ENVELOPE_RATE / scale
+    pauses, far = find_pauses(timeline), (windows.distance > 1).to_numpy()
+    width, colours = mean_width(len(windows)), label_colours(labels)
+    speech = windows.loc[~(pauses | far), [*labels]].reindex(windows.index)
+    smooth = speech.rolling(width, center=True, min_periods=1).mean().fillna(0)
 
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    waveform, stack = figure.subplots(2, 1, sharex=True, height_ratios=[1, 2])
-    times = np.arange(len(envelope)) / ENVELOPE_RATE / scale
+    figure = Figure(figsize=(10, 5))
+    waveform, strip, stack = figure.subplots(3, 1, sharex=True, height_ratios=[5, 1, 10])
     waveform.fill_between(times, -envelope, envelope, color="black", linewidth=0)
-    names = [label.replace("$", r"\$") for label in labels]
+    for label, colour in zip(labels, colours, strict=True):
+        shade(strip, edges, windows.emotion == label, {"color": colour})
+    heights = pd.concat([smooth, smooth[-1:]]).T  # (C, W + 1)
     stack.stackplot(edges, heights, labels=names, colors=colours, step="post", linewidth=0)
-    pauses = np.append(find_pauses(timeline) | (windows.distance > 1), False)
-    for axes, alpha in ((waveform, 0.4), (stack, 1.0)):
-        style = {"step": "post", "color": "lightgrey", "alpha": alpha, "linewidth": 0}
-        across = axes.get_xaxis_transform()
-        axes.fill_between(edges, 0, 1, where=pauses, transform=across, label="pause, or far off", **style)
-    waveform.set_title(printable(title), parse_math=False)
-    waveform.set_ylabel("waveform")
-    stack.set(xlabel=unit, ylabel="probability", xlim=(0, edges[-1]), ylim=(0, 1))
-    handles, names = stack.get_legend_handles_labels()
-    figure.legend(handles[::-1], names[::-1], loc="outside right center")
+    for axes, order in ((waveform, 0), (strip, 2), (stack, 2)):  # the waveform stays visible
+        shade(axes, edges, pauses, PAUSE_STYLE | {"zorder": order})
+        shade(axes, edges, far & ~pauses, FAR_STYLE | {"zorder": order})
+    waveform.set(title=title, ylabel="waveform")
+    strip.set_ylabel("label", rotation=0, ha="right", va="center")
+    strip.set(yticks=[], ylim=(0, 1))
+    mean = "" if width == 1 else f"\n(mean of {width} windows)"
+    stack.set(xlabel=unit, ylabel=f"probability{mean}", xlim=(0, edges[-1]), ylim=(0, 1))
+    handles, texts = stack.get_legend_handles_labels()
+    figure.legend(handles[::-1], texts[::-1], loc="outside right center")
     return figure
+
+
+def shade(axes: "Axes", edges: npt.ArrayLike, where: npt.ArrayLike, style: dict[str, Any]) -> None:
+    """Fill the windows of a timeline where something holds, (W,), from the bottom to the top of a panel."""
+    sides, chosen = np.repeat(edges, 2)[1:-1], np.repeat(where, 2)  # left and right of each window
+    across = axes.get_xaxis_transform()
+    axes.fill_between(sides, 0, 1, where=chosen, transform=across, linewidth=0, **style)
 
 
 # ---- submission ------------------------------------------------------------------------------------------

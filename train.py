@@ -16,7 +16,10 @@ from config import (
     Config,
     Precision,
     UserError,
+    fill_page,
     hold_interrupts,
+    legible,
+    link_to,
     make_parser,
     note,
     parse,
@@ -60,7 +63,6 @@ from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
-from urllib.parse import quote
 
 import numpy as np
 import pandas as pd
@@ -113,6 +115,7 @@ if TYPE_CHECKING:
     from multiprocessing.queues import SimpleQueue
     from multiprocessing.sharedctypes import Synchronized
 
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Loader: TypeAlias = DataLoader[Batch]
@@ -1344,18 +1347,13 @@ def save_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def mistakes_page(run_dir: Path, predictions: pd.DataFrame) -> bytes:
-    """HTML with the clips that are wrong, the surest first, and a player for each.
-
-    The data go in as JSON without a `<`, so that no name can end the script that holds them.
-    """
+    """HTML with the clips that are wrong, the surest first, and a player for each."""
     wrong = predictions.assign(confidence=confidence_of(predictions))
     wrong = wrong[wrong.emotion != wrong.predicted].sort_values("confidence", ascending=False, kind="stable")
-    links = [Path(os.path.relpath(path, run_dir)).as_posix() for path in wrong.path]
-    wrong = wrong.assign(link=[quote(link, errors="surrogateescape") for link in links])
+    wrong = wrong.assign(link=[link_to(path, run_dir) for path in wrong.path])
     labels = sorted({*predictions.emotion, *predictions.predicted})
     content = {"clips": len(predictions), "labels": labels, "mistakes": wrong.to_dict("records")}
-    template = Path(__file__).with_name("assets") / "mistakes.html"
-    return template.read_bytes().replace(b"{{data}}", json.dumps(content).replace("<", "\\u003c").encode())
+    return fill_page("mistakes.html", content)
 
 
 # ---- figures ---------------------------------------------------------------------------------------------
@@ -1367,68 +1365,96 @@ def plot_history(history: pd.DataFrame, kept: Sequence[int]) -> "Figure":
     """Loss, accuracy and learning rate, a line per network, and the epochs that were kept."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 3.7))
-    panels = figure.subplots(1, 3)
+    figure = Figure(figsize=(11, 3.9))
+    panels = dict(zip(("loss", "accuracy", "learning rate"), figure.subplots(1, 3), strict=True))
+    parts = (("train", BLUE, "training, with dropout"), ("val", ORANGE, "validation"))
     for number, (_, rows) in enumerate(history.groupby("network")):
         chosen = rows[rows.epoch == kept[number]]
-        label = ("training, with dropout", "validation") if number == 0 else (None, None)
-        for axes, name in zip(panels, ("loss", "accuracy"), strict=False):
-            axes.plot(rows.epoch, rows[f"train_{name}"], color=BLUE, alpha=0.7, label=label[0])
-            axes.plot(rows.epoch, rows[f"val_{name}"], color=ORANGE, alpha=0.7, label=label[1])
-            axes.plot(chosen.epoch, chosen[f"val_{name}"], "o", color=ORANGE)
-        panels[2].plot(rows.epoch, rows.learning_rate, color="black", alpha=0.5)
-    for axes, name in zip(panels, ("loss", "accuracy", "learning rate"), strict=True):
+        hidden = "_" if number else ""  # in the legend: one network stands for all
+        for name in ("loss", "accuracy"):
+            for part, colour, label in parts:
+                values, style = rows[f"{part}_{name}"], {"color": colour, "alpha": 0.6}
+                panels[name].plot(rows.epoch, values, label=hidden + label, **style)
+            style = {"color": ORANGE, "markeredgecolor": "black", "zorder": 3}
+            panels[name].plot(chosen.epoch, chosen[f"val_{name}"], "o", label=f"{hidden}epoch kept", **style)
+        panels["learning rate"].plot(rows.epoch, rows.learning_rate, color="black", alpha=0.5)
+    for name, axes in panels.items():
         axes.set(xlabel="epoch", title=name)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    panels[0].legend(fontsize="small")
-    panels[2].ticklabel_format(axis="y", scilimits=(0, 0))
+    figure.legend(*panels["loss"].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    panels["learning rate"].ticklabel_format(axis="y", scilimits=(0, 0))
     return figure
 
 
 def plot_confusion(predictions: pd.DataFrame) -> "Figure":
-    """The confusion matrix, each row the fractions of one true class."""
+    """The confusion matrix, each row the percentages of one true class; empty for one without clips."""
     from matplotlib.figure import Figure
-    from sklearn.metrics import ConfusionMatrixDisplay
 
-    figure = Figure(figsize=(6.4, 5.8))
+    labels = sorted({*predictions.emotion, *predictions.predicted})
+    counts = pd.crosstab(predictions.emotion, predictions.predicted)
+    counts = counts.reindex(index=labels, columns=labels, fill_value=0)
+    totals = counts.sum(axis=1)
+    percent = (100 * counts.div(totals.where(totals > 0), axis=0)).to_numpy()
+    names = legible(labels)
+    size = 2 + 0.65 * len(labels)
+    figure = Figure(figsize=(size + 0.5, size))
     axes = figure.subplots()
-    style = {"cmap": "Blues", "im_kw": {"vmin": 0, "vmax": 1}, "colorbar": False, "xticks_rotation": 45}
-    style |= {"normalize": "true", "values_format": ".0%", "ax": axes}
-    ConfusionMatrixDisplay.from_predictions(predictions.emotion, predictions.predicted, **style)
+    axes.imshow(percent, cmap="Blues", vmin=0, vmax=100)
+    for row, column in np.argwhere(~np.isnan(percent)):
+        value = percent[row, column]
+        colour = "white" if value > DARK else "black"
+        axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour)
+    axes.set_xticks(range(len(labels)), names, rotation=45, ha="right", rotation_mode="anchor")
+    rows = [f"{name} ({total:,})" for name, total in zip(names, totals, strict=True)]
+    axes.set_yticks(range(len(labels)), rows)
     axes.grid(visible=False)
-    axes.set(xlabel="predicted", ylabel="true", title=f"{len(predictions):,} clips")
+    axes.set(xlabel="predicted", ylabel="true (clips)", title=f"% of each class, {len(predictions):,} clips")
     return figure
+
+
+DARK = 71  # percent: where white on the colour map Blues has more contrast than black
 
 
 def plot_scores(predictions: pd.DataFrame) -> "Figure":
     """Accuracy of each corpus, and how far confidence can be believed; with 95 % intervals."""
     from matplotlib.figure import Figure
-    from scipy.stats import binomtest
 
-    figure = Figure(figsize=(11, 4.4))
-    bars, reliability = figure.subplots(1, 2)
     groups = {"all": predictions} | {str(name): group for name, group in predictions.groupby("corpus")}
+    names = legible([*groups])
+    figure = Figure(figsize=(12, 4.6))
+    bars, reliability = figure.subplots(1, 2)
     for row, group in enumerate(groups.values()):
         accuracy = float((group.emotion == group.predicted).mean())
         bars.barh(row, accuracy, color=SKY)
-        bars.text(0.02, row, f"{accuracy:.1%}", va="center")
+        bars.text(1.02, row, f"{accuracy:.1%}", va="center")
         if interval := bootstrap(group).get("accuracy"):
             bars.plot(interval, [row, row], color="black", marker="|")
-    bars.set_yticks(range(len(groups)), [f"{name} ({len(group):,})" for name, group in groups.items()])
+    sizes = [f"{name} ({len(group):,})" for name, group in zip(names, groups.values(), strict=True)]
+    bars.set_yticks(range(len(groups)), sizes)
     bars.invert_yaxis()
     bars.grid(visible=False, axis="y")
     bars.set(xlim=(0, 1), xlabel=f"95 % interval over {MIN_SPEAKERS} speakers or more", title="accuracy")
+    plot_reliability(reliability, confidence_of(predictions), predictions.emotion == predictions.predicted)
+    return figure
 
-    confidence = confidence_of(predictions)
-    right = predictions.emotion == predictions.predicted
+
+def plot_reliability(axes: "Axes", confidence: "pd.Series[float]", right: "pd.Series[bool]") -> None:
+    """Accuracy against confidence, in 15 bins: a dot's area is the number of its clips."""
+    from scipy.stats import binomtest
+
     for _, inside in right.groupby(pd.cut(confidence, np.linspace(0, 1, 16)), observed=True):
         place, test = confidence[inside.index].mean(), binomtest(int(inside.sum()), len(inside))
-        reliability.plot([place, place], test.proportion_ci(method="wilson"), color=BLUE)
-        reliability.scatter(place, inside.mean(), 20 + 600 * len(inside) / len(right), color=BLUE)
-    reliability.plot([0, 1], [0, 1], color="black", linestyle=":")
+        axes.plot([place, place], test.proportion_ci(method="wilson"), color=BLUE)
+        axes.scatter(place, inside.mean(), 20 + 600 * len(inside) / len(right), color=BLUE)
+    axes.plot([], [], color=BLUE, label="95 % interval")
+    for share in (0.01, 0.1, 0.3):
+        axes.scatter([], [], 20 + 600 * share, color=BLUE, label=f"{share:.0%} of the clips")
+    axes.plot([0, 1], [0, 1], color="black", linestyle=":", label="confidence = accuracy")
+    axes.legend(fontsize="small", labelspacing=0.7)
     error = calibration_error(confidence, right)
-    reliability.set(xlabel="confidence", ylabel="accuracy", title=f"calibration error {error:.1%}")
-    return figure
+    axes.set(
+        xlabel="confidence", ylabel="accuracy", title=f"calibration error {error:.1%}", ylim=(-0.02, 1.02)
+    )
 
 
 # ---- cross-validation ------------------------------------------------------------------------------------

@@ -482,9 +482,11 @@ def test_timeline_has_a_row_for_every_window_and_a_picture(capsys: Capture) -> N
     assert set(rows.emotion[rows.end < 1.9]) == {"Angry"}
     assert set(rows.emotion[rows.start > 3.1]) == {"Sad"}
     assert table[table.filename == "b/a.wav"][["start", "end"]].to_numpy().tolist() == [[0, 0.3]]
-    pictures = [Path("pictures", name) for name in ("timeline_a.png", "timeline_a_2.png", "timeline_a_3.png")]
-    assert sorted(Path("pictures").iterdir()) == pictures
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in pictures)
+    stems = ("timeline_a", "timeline_a_2", "timeline_a_3")
+    names = {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf", "html")}
+    assert {path.name for path in Path("pictures").iterdir()} == names
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in Path("pictures").glob("*.png"))
+    assert '"link": "../b/a.wav"' in Path("pictures", "timeline_a_3.html").read_text()
     timeline = Recognizer(device="cpu").predict("a.wav", step=0.2).timeline
     paused = inference.find_pauses(timeline)
     assert timeline.windows.start[paused].tolist() == pytest.approx([2.0, 2.2, 2.4, 2.6], abs=1e-5)

@@ -246,7 +246,8 @@ def test_run_leaves_its_files(trained: Trained) -> None:
     assert {path.name for path in trained.folder.iterdir()} == {"run", "cache", "best.pth", ".run.lock"}
     assert {path.name for path in run_dir.iterdir() if not path.name.startswith(".")} == {
         *("run.json", "history.csv", "metrics.json", "predictions.csv"),
-        *("loss.png", "confusion_matrix.png", "scores.png", "mistakes.html", "network1.pth", "network2.pth"),
+        *(f"{name}.{kind}" for name in ("loss", "confusion_matrix", "scores") for kind in ("png", "pdf")),
+        *("mistakes.html", "network1.pth", "network2.pth"),
         "best_emotion_model.pth",
     }
     assert (run_dir / "best_emotion_model.pth").read_bytes() == (trained.folder / "best.pth").read_bytes()
