@@ -1096,7 +1096,7 @@ def fit_shifts(cfg: Config, clips: pd.DataFrame, mfcc: MFCC, labels: Sequence[st
         by_class = table.groupby([known.speaker, known.emotion]).mean()
         moved = by_class - by_class.groupby(level=0).mean()  # of each speaker, every class counting alike
         for emotion, rows in moved.groupby(level=1):
-            shifts[labels.index(emotion), :, 0] = torch.from_numpy(rows.mean().to_numpy())
+            shifts[labels.index(emotion), :, 0] = torch.from_numpy(rows.mean().to_numpy(copy=True))
     return shifts
 
 

@@ -171,7 +171,7 @@ WAVERING |= {"tempo": 0, "shift": 0}
 
 def test_kept_is_the_latest_epoch_within_one_standard_error_of_the_best(tmp_path: Path) -> None:
     others = []
-    for seed in range(6):
+    for seed in range(12):
         end = fit_toy(make_toy(tmp_path / str(seed), seed=seed, **WAVERING))
         accuracy = [row["val_accuracy"] for row in end["history"]]
         error = math.sqrt(max(accuracy) * (1 - max(accuracy)) / 100)
