@@ -74,7 +74,7 @@ class Config:
     run_dir: Text = "run"  # history, metrics, figures, and what --resume continues from
     checkpoint: Text = "best_emotion_model.pth"  # the trained model; of train.py --run_dir A, in A
     submission: Text = "submission.csv"  # what inference.py writes for the test clips
-    manifest: str = ""  # CSV with filename and emotion or speaker; empty: manifest.csv in data_dir
+    manifest: str = ""  # CSV with filename and emotion, speaker or part; empty: manifest.csv in data_dir
     labels_from: Literal["auto", "folders", "manifest"] = "auto"  # auto: folders, unless file names disagree
     extra_labels: Literal["drop", "keep"] = "drop"  # calm and boredom, where labels come from file names
 

@@ -88,7 +88,9 @@ EXTRA_LABELS = frozenset({"Calm", "Bored"})  # that few corpora have
 _BY_CODE = {name: emotion for emotion, names in _NAMES.items() for name in names.split()}
 _BY_WORD = {name.lower(): emotion for name, emotion in _BY_CODE.items() if len(name) > 2}
 
-_PARTS = frozenset("train training val valid validation dev eval".split())  # of a data set: no speakers
+# What folders of the parts of a data set are called, which are no speakers.
+_PARTS = {"train": "train training", "val": "val valid validation dev eval"}
+_PART_OF = {name: part for part, names in _PARTS.items() for name in names.split()}
 
 # How the common corpora name their files, RAVDESS with 01 for a film with sound, 02 for one without, and 03
 # for the sound alone. A new one also needs its codes in _NAMES.
@@ -150,9 +152,10 @@ def find_clips(cfg: Config) -> pd.DataFrame:
     become one class, spelled as for most clips. Copies of a clip of a corpus are recognised by name.
 
     Returns:
-        Columns path, emotion, corpus ("other" where no convention fits), speaker ("" where nothing tells)
-        and left_out: "" for a clip to use, else no label, extra label, silent film or copy. The actors of
-        RAVDESS both speak and sing: one speaker in both parts.
+        Columns path, emotion, corpus ("other" where no convention fits), speaker ("" where nothing tells),
+        given (train, val or test, where manifest or folder tell the part) and left_out: "" for a clip to use,
+        else no label, extra label, silent film or copy. The actors of RAVDESS both speak and sing: one
+        speaker in both parts.
 
     Raises:
         UserError: There is no data folder, no clip, a bad manifest, or the folders are no emotions.
@@ -160,7 +163,7 @@ def find_clips(cfg: Config) -> pd.DataFrame:
     root = Path(cfg.data_dir)
     if not root.is_dir():
         raise UserError(f"no data folder {root}: name one with a folder of clips per emotion, or try --demo")
-    manifest = pd.DataFrame(columns=["emotion", "speaker"])
+    manifest = pd.DataFrame(columns=["emotion", "speaker", "part"])
     if cfg.manifest or (root / "manifest.csv").is_file():
         manifest = read_manifest(Path(cfg.manifest or root / "manifest.csv"), root)
     clips = _list_clips(cfg, manifest)
@@ -176,7 +179,7 @@ def find_clips(cfg: Config) -> pd.DataFrame:
     _explain(clips)
     if (clips.left_out != "").all():
         raise UserError(f"no clips in {root}: expected one folder per emotion with audio files in it")
-    return clips[["path", "emotion", "corpus", "speaker", "left_out"]]
+    return clips[["path", "emotion", "corpus", "speaker", "given", "left_out"]]
 
 
 def _list_clips(cfg: Config, manifest: pd.DataFrame) -> pd.DataFrame:
@@ -185,7 +188,7 @@ def _list_clips(cfg: Config, manifest: pd.DataFrame) -> pd.DataFrame:
     Returns:
         Columns path, corpus, speaker and code; the label that each source would give, "" for none: manifest,
         name, folder (the top one, "." for none) and inner (the outermost folder that is named after an
-        emotion); and around, the path of the folder that holds the inner one.
+        emotion); around, the path of the folder that holds the inner one; and given, the part.
     """
     root, test = Path(cfg.data_dir), cfg.test_root.resolve()
     tops = [path for path in sorted(root.iterdir()) if path.is_dir() and is_visible(path.name)]
@@ -209,8 +212,14 @@ def _list_clips(cfg: Config, manifest: pd.DataFrame) -> pd.DataFrame:
             note(f"note: folder {top} has no clips: left out")
     rows = manifest.reindex(paths, fill_value="").reset_index(drop=True)
     outer = pd.Series([folder.parent.name for folder in inner], dtype=object)
-    speaker = clips.speaker.mask(clips.speaker == "", outer.mask(outer.str.lower().isin(_PARTS), ""))
-    return clips.assign(manifest=rows.emotion, speaker=speaker.mask(rows.speaker != "", rows.speaker))
+    part = outer.str.lower().map(_PART_OF).fillna("")
+    speaker = clips.speaker.mask(clips.speaker == "", outer.mask(part != "", ""))
+    part = part if (part == "val").any() else rows.part
+    return clips.assign(
+        manifest=rows.emotion,
+        speaker=speaker.mask(rows.speaker != "", rows.speaker),
+        given=part.mask(rows.part != "", rows.part),
+    )
 
 
 def _emotion_folder(folder: Path) -> Path:
@@ -363,10 +372,11 @@ def _explain(clips: pd.DataFrame) -> None:
 
 
 def read_manifest(path: Path, root: Path) -> pd.DataFrame:
-    """What a CSV file with the columns filename, and emotion or speaker or both, says of clips below `root`.
+    """What a CSV file with the columns filename and emotion, speaker or part says of clips below `root`.
 
     Returns:
-        Columns emotion and speaker, "" where it says nothing, indexed by the path of the clip.
+        Columns emotion, speaker and part (train, val or test), "" where it says nothing, indexed by the path
+        of the clip.
 
     Raises:
         UserError: The file cannot be understood, or a name in it leads out of `root` or to no file.
@@ -377,17 +387,20 @@ def read_manifest(path: Path, root: Path) -> pd.DataFrame:
     except (OSError, ValueError, Warning) as error:  # ValueError: whatever is no CSV
         raise UserError(f"manifest {path}: {error}") from None
     table = table.rename(columns=str.strip)
-    if not {"filename"} < set(table.columns) <= {"filename", "emotion", "speaker"}:
+    columns = ["emotion", "speaker", "part"]
+    if not {"filename"} < set(table.columns) <= {"filename", *columns}:
         raise UserError(
-            f"manifest {path}: needs a header with filename and emotion or speaker or both, and no more, "
+            f"manifest {path}: needs a header with filename and emotion, speaker or part, and no more, "
             f"has {', '.join(table.columns)}"
         )
-    table = table.reindex(columns=["filename", "emotion", "speaker"], fill_value="")
-    table[["emotion", "speaker"]] = table[["emotion", "speaker"]].apply(lambda column: column.str.strip())
+    table = table.reindex(columns=["filename", *columns], fill_value="")
+    table[columns] = table[columns].apply(lambda column: column.str.strip())
     paths = []
     for line, (name, *says) in enumerate(table.itertuples(index=False), start=2):
         if not (name and any(says)):
-            raise UserError(f"manifest {path}, line {line}: needs filename, and emotion or speaker")
+            raise UserError(f"manifest {path}, line {line}: needs filename, and emotion, speaker or part")
+        if says[-1] not in {"", "train", "val", "test"}:
+            raise UserError(f"manifest {path}, line {line}: part {says[-1]!r} must be train, val or test")
         try:
             paths.append(_locate(name, root))
         except ValueError as error:
@@ -1038,15 +1051,35 @@ def split(
     strata = stratum.groupby(unit).first()
     # By file name, so that the same clips in other folders get the same parts.
     strata = strata.loc[sorted(strata.index, key=lambda name: (clip_name(name), name))]
-    test = _draw_fold(strata, cfg, fold, n_folds) if n_folds else _draw(strata, cfg.test_fraction, cfg.seed)
-    rest = strata.drop(test)
-    fraction = cfg.val_fraction * (1 if n_folds else len(strata) / max(len(rest), 1))
-    val = _draw(rest, fraction, member_seed(cfg, member))
+    given = _given_parts(clips, unit)[strata.index]
+    test, val = (given.index[given == part] for part in ("test", "val"))
+    if n_folds and (len(test) or len(val)):
+        raise UserError("folds: the parts are given, by a manifest or by folders: leave out --folds")
+    free = strata[given == ""]
+    if n_folds:
+        test = _draw_fold(strata, cfg, fold, n_folds)
+    elif test.empty:
+        test = _draw(free, cfg.test_fraction, cfg.seed)
+    if val.empty:
+        free = free.drop(test, errors="ignore")
+        fraction = cfg.val_fraction * (1 if n_folds else len(strata) / max(len(free), 1))
+        val = _draw(free, fraction, member_seed(cfg, member))
     part = pd.Series("train", index=strata.index)
     part[test], part[val] = "test", "val"
     parts = unit.map(part)
     _check_parts(clips.assign(corpus=corpus, part=parts), cfg, member, n_folds)
     return parts
+
+
+def _given_parts(clips: pd.DataFrame, unit: "pd.Series[str]") -> "pd.Series[str]":
+    """The part that is given for each unit, "" for none; `unit` is what the clips are never divided by."""
+    if "given" not in clips:
+        return pd.Series("", index=pd.unique(unit))
+    given = clips.given[clips.given != ""]
+    parts = given.groupby(unit).agg(lambda same: " and ".join(sorted(set(same))))
+    if len(divided := parts[parts.str.contains(" ")]):
+        raise UserError(f"{divided.index[0]} is given to {divided.iloc[0]}: it can be in one part alone")
+    return parts.reindex(pd.unique(unit), fill_value="")
 
 
 def member_seed(cfg: Config, member: int) -> int:

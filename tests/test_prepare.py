@@ -529,12 +529,12 @@ def test_manifest_names_files_in_any_form(disk: Any, tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"\xff\xfe\x00", "decode"),
-        (b"path,who\na.wav,x\n", "header with filename and emotion or speaker .* has path, who"),
-        (b"filename\na.wav\n", "header with filename and emotion or speaker .* has filename"),
+        (b"path,who\na.wav,x\n", "header with filename and emotion, speaker or part, .* has path, who"),
+        (b"filename\na.wav\n", "header with filename and emotion, speaker or part, .* has filename"),
         (b"filename,emotion,split\na.wav,Sad,test\n", "and no more, has filename, emotion, split"),
         (b"filename,emotion\na.wav,x\n./a.wav,y\n", "says two things of .*a.wav"),
-        (b"filename,emotion,speaker\na.wav,,\n", "line 2: needs filename, and emotion or speaker"),
-        (b"filename,speaker\na.wav,x\n,y\n", "line 3: needs filename, and emotion or speaker"),
+        (b"filename,emotion,speaker\na.wav,,\n", "line 2: needs filename, and emotion, speaker or part"),
+        (b"filename,speaker\na.wav,x\n,y\n", "line 3: needs filename, and emotion, speaker or part"),
         (b"filename,emotion\na.wav,Sad,very\n", "loss of data"),
         (b"filename,speaker\n/etc/hosts,x\n", "line 2: '/etc/hosts' lies outside"),
         (b"filename,speaker\nb/../../a.wav,x\n", "lies outside"),
@@ -1158,6 +1158,40 @@ def test_folds_share_out_what_is_rarer_than_folds_without_a_word(rare: int, caps
     assert set(capsys.readouterr().err.splitlines()) <= {
         f"warning: no clip of Rare in {part}: too few clips" for part in ("train", "val", "test")
     }
+
+
+def test_given_parts_are_kept_and_the_rest_is_drawn() -> None:
+    """As of an official split, or of pseudo-labelled clips that stay in training."""
+    clips, n = make_table(), 240
+    given = pd.Series("", index=clips.index)
+    given[:100], given[100:110] = "train", "test"
+    parts = split(clips.assign(given=given), TINY)
+    assert (parts[:100] == "train").all()
+    assert parts[parts == "test"].index.tolist() == list(range(100, 110))
+    assert (parts[110:] == "val").sum() > 20
+    given[110:130] = "val"
+    parts = split(clips.assign(given=given), TINY)
+    assert parts.value_counts().to_dict() == {"train": n - 30, "test": 10, "val": 20}
+    with pytest.raises(UserError, match="the parts are given"):
+        split(clips.assign(given=given), TINY, n_folds=2)
+    with pytest.raises(UserError, match="is given to test and train and val: it can be in one part alone"):
+        split(clips.assign(given=given, audio_hash=clips.audio_hash.where(given == "", "same")), TINY)
+
+
+def test_manifest_and_folders_tell_the_part(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "data" / "train", n_speakers=1, n_takes=2)
+    make_corpus(tmp_path / "data" / "val", n_speakers=2, n_takes=1)
+    found = find_clips(tiny_config(tmp_path))
+    assert found.given.tolist() == [Path(path).parts[-3] for path in found.path]
+    assert set(found.given) == {"train", "val"}
+    some = [str(Path(path).relative_to(tmp_path / "data")) for path in found.path[:2]]
+    pd.DataFrame({"filename": some, "part": ["test", "train"]}).to_csv(
+        tmp_path / "data" / "manifest.csv", index=False
+    )
+    assert find_clips(tiny_config(tmp_path)).given[:2].tolist() == ["test", "train"]
+    Path(tmp_path, "data", "manifest.csv").write_text(f"filename,part\n{some[0]},holdout\n")
+    with pytest.raises(UserError, match="line 2: part 'holdout' must be train, val or test"):
+        find_clips(tiny_config(tmp_path))
 
 
 def test_seed_of_the_split_is_a_matter_of_its_own() -> None:
