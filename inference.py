@@ -219,7 +219,7 @@ class Recognizer:
             results = self._predict(several, rate=rate, step=step)
         for number, (clip, result) in enumerate(zip(several, results, strict=True)):
             if isinstance(result, AudioError):
-                raise AudioError(f"{clip if isinstance(clip, str | Path) else f'clip {number}'}: {result}")
+                raise AudioError(f"{_name(clip, number)}: {result}")
             predictions.append(result)
         return predictions if isinstance(clips, list | tuple) else predictions[0]
 
@@ -247,10 +247,13 @@ class Recognizer:
         several: list[Any] = [*clips] if isinstance(clips, list | tuple) else [clips]
         features: list[Tensor] = []
         seconds = 0.0
-        for clip in several:
+        for number, clip in enumerate(several):
             recording = Recording(clip, self.cfg, rate=rate)
-            windows = list(itertools.islice(recording, round(120 / self.cfg.duration)))
-            features.append(self.model.mfcc(torch.from_numpy(np.stack(windows)).to(self.device)))
+            try:
+                windows = np.stack(list(itertools.islice(recording, round(120 / self.cfg.duration))))
+            except AudioError as error:
+                raise AudioError(f"{_name(clip, number)}: {error}") from None
+            features.append(self.model.mfcc(torch.from_numpy(windows).to(self.device)))
             seconds += recording.seconds
         owner = [number for number, windows in enumerate(features) for _ in windows]
         if unknown := set(emotions) - set(self.labels):
@@ -348,6 +351,10 @@ class Recognizer:
         }
         windows = pd.DataFrame(about).join(probabilities)
         return result._replace(timeline=Timeline(windows, np.concatenate(recording.envelope)))
+
+
+def _name(clip: Clip, number: int) -> str:
+    return str(clip) if isinstance(clip, str | Path) else f"clip {number}"
 
 
 # ---- which clips -----------------------------------------------------------------------------------------

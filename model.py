@@ -412,13 +412,18 @@ class EmotionEnsemble(nn.Module):
         self, mfcc: MFCC, members: Sequence[nn.Module], distance: Distance, temperature: float = 1.0
     ) -> None:
         super().__init__()
-        self.mfcc, self.members = mfcc, nn.ModuleList(members)
+        self.mfcc = mfcc
+        self.members: Any = nn.ModuleList(members)  # of EmotionCNNGRU
         self.distance, self.temperature = distance, temperature
-        self.depth: float = members[0].depth  # type: ignore[assignment] # of loud_mean
 
     def forward(self, features: Tensor) -> Outputs:
-        """Features (B, F, T) of windows -> what the networks make of each."""
-        probabilities = torch.stack([member(features).softmax(dim=1) for member in self.members]).mean(dim=0)
+        """Features (B, F, T) of windows -> what the networks make of each.
+
+        A network counts the more the better it knows the voice, up to twice.
+        """
+        weights = torch.stack([1 + member.voice_weight * member.cmn.amax() for member in self.members])
+        probabilities = torch.stack([member(features).softmax(dim=1) for member in self.members])  # (M, B, C)
+        probabilities = (probabilities * (weights / weights.sum())[:, None, None]).sum(dim=0)
         return Outputs(probabilities, self.distance(features))
 
     @torch.no_grad()
@@ -441,13 +446,12 @@ class EmotionEnsemble(nn.Module):
             The model, and how far the recordings differ in emotion by its own view: the mutual information
             of recording and label in nats, at most log(C).
         """
-        adapted, n_windows = copy.deepcopy(self), len(features)
-        means = mean_over_windows(loud_mean(features, self.depth), owner, int(owner.max()) + 1)
-        networks: Any = adapted.members
-        for network in networks:
-            network.voice.copy_((means if shifts is None else means - shifts).mean(dim=0))
+        adapted, n_windows, depth = copy.deepcopy(self), len(features), self.members[0].depth
+        means = mean_over_windows(loud_mean(features, depth), owner, int(owner.max()) + 1)
+        for member in adapted.members:
+            member.voice.copy_((means if shifts is None else means - shifts).mean(dim=0))
             # Only networks for any recordings have heard voices in training.
-            network.voice_weight.fill_(len(means) / (len(means) + 4) if math.isfinite(self.depth) else 0)
+            member.voice_weight.fill_(len(means) / (len(means) + 4) if math.isfinite(depth) else 0)
         chosen = torch.linspace(0, n_windows - 1, min(n_windows, 128), device=owner.device).long()
         features, owner = features[chosen], torch.unique(owner[chosen], return_inverse=True)[1]
         weight = len(chosen) / (len(chosen) + 16)

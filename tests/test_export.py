@@ -77,7 +77,10 @@ def test_example_of_the_readme_needs_no_torch(exported: Path, trained: Trained, 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"export": "model.pth"}, "export = 'model.pth': must be a file whose name ends in .onnx"),
+        (
+            {"export": "model.pth"},
+            "export = 'model.pth': must be a file whose name ends in .onnx, or a new .pth",
+        ),
         ({"export": "folder.onnx"}, "export = 'folder.onnx': must be a file"),
         ({"export": "model.onnx", "paths": ["a.wav"]}, "--export labels nothing: leave out files"),
         ({"export": "model.onnx"}, "export needs onnxscript: pip install --upgrade onnx onnxscript"),
@@ -89,8 +92,10 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "onnxscript", None)  # as where it is not installed
     Path("folder.onnx").mkdir()
+    Path("model.pth").write_text("precious")
     settings = {"checkpoint": trained.cfg.checkpoint}
-    unused = dict.fromkeys(["demo", "fill", "timeline", "step", "json", "output", "abstain"], "")
+    unused = dict.fromkeys(["adapt", "demo", "fill", "timeline", "step", "json", "output", "abstain"], "")
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         inference.main(Config(**settings), Namespace(**{"paths": [], **unused, **flags, **settings}))
-    assert [path.name for path in tmp_path.iterdir()] == ["folder.onnx"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.onnx", "model.pth"]
+    assert Path("model.pth").read_text() == "precious"

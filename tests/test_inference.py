@@ -70,6 +70,7 @@ def clips(home: Path) -> Path:
 
 ACTIONS = {
     "fill": "",
+    "adapt": "",
     "abstain": False,
     "export": "",
     "timeline": False,
@@ -437,6 +438,48 @@ def test_array_equals_a_file_with_the_same_samples(
 def test_odd_array_is_refused(samples: np.ndarray, rate: int | None, reason: str, trained: Trained) -> None:
     with pytest.raises(AudioError, match=f"^clip 0: .*{reason}"):
         Recognizer(trained.cfg.checkpoint, device="cpu").predict([samples], rate)
+
+
+# ---- a known voice ---------------------------------------------------------------------------------------
+
+
+def test_recognizer_adapts_to_a_voice(clips: Path, trained: Trained, capsys: Capture) -> None:
+    """A new one, which can be saved and exported as any other; notes where it will not be much."""
+    recordings = [clips / name for name in TRUTH]
+    plain = Recognizer(trained.cfg.checkpoint, device="cpu")
+    before = plain.predict(recordings[0])
+    adapted = plain.adapt(recordings)
+    assert "5 recordings, 2 s: from 8 recordings and 20 s on it pays" in capsys.readouterr().err
+    assert plain.predict(recordings[0]) == before
+    assert adapted.predict(recordings[0]) != before
+    arrays = plain.adapt([soundfile.read(path, dtype="float32")[0] for path in recordings], RATE)
+    assert arrays.predict(recordings[0]) == adapted.predict(recordings[0])
+    plain.adapt([recordings[1]] * 60)
+    assert "sound like one emotion" in capsys.readouterr().err
+    noise = 0.3 * np.random.default_rng(0).normal(size=RATE // 2).astype(np.float32)
+    with pytest.raises(UserError, match="do not sound like speech"):
+        plain.adapt([noise], RATE)
+    with pytest.raises(UserError, match="emotions = Bored: must be of Angry, Sad, Suprised"):
+        plain.adapt(recordings, emotions=["Bored"] * 5)
+    names = ",".join(map(str, recordings))
+    assert label(adapt=names, export="me.pth", checkpoint=trained.cfg.checkpoint) == 0
+    assert Recognizer("me.pth", device="cpu").predict(recordings[0]) == adapted.predict(recordings[0])
+    assert label(recordings[0], adapt=names, checkpoint=trained.cfg.checkpoint) == 0
+    output = capsys.readouterr()
+    assert "adapted to 5 recordings" in output.err
+    assert f"{adapted.predict(recordings[0]).confidence:.4f}" in output.out
+
+
+def test_folders_of_emotions_tell_the_labels_of_recordings(
+    clips: Path, trained: Trained, capsys: Capture
+) -> None:
+    for folder in ("Angry", "Surprised"):
+        write_clip(Path("mine") / folder / "1.wav", folder.replace("rpr", "pr"))
+    assert label(clips / "1.wav", adapt="mine", checkpoint=trained.cfg.checkpoint) == 0
+    assert "the folders tell what they are labelled: Angry, Suprised" in capsys.readouterr().err
+    Path("mine/Angry/1.wav").write_text("no audio")
+    with pytest.raises(UserError, match=r"--adapt: mine/Angry/1\.wav: "):
+        label(clips / "1.wav", adapt="mine", checkpoint=trained.cfg.checkpoint)
 
 
 # ---- several models --------------------------------------------------------------------------------------

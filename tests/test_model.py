@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import model
 import prepare
 from config import Config, UserError, save_file
 from model import (
@@ -285,6 +286,67 @@ def test_ensemble_gives_the_mean_of_probabilities() -> None:
         together = EmotionEnsemble(make_mfcc(TINY_CFG), members, Distance(TINY_CFG))(noise(4, 26))
     assert (shares[0] - shares[1]).abs().max() > 1e-3
     torch.testing.assert_close(together.probabilities, shares.mean(dim=0))
+
+
+def make_ensemble(cmn: int) -> EmotionEnsemble:
+    """Two networks for any recordings, with CMN or without, whose batch norms have seen some features."""
+    cfg = replace(TINY_CFG, recordings="any")
+    members = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        member = EmotionCNNGRU(cfg, 3)
+        member.cmn[1 : cfg.n_mfcc] = cmn
+        member.train()(noise(16, 26))
+        members.append(member.eval())
+    return EmotionEnsemble(make_mfcc(cfg), members, Distance(cfg)).eval()
+
+
+@torch.no_grad()
+def test_adapted_model_hears_what_is_constant_in_the_recordings_no_more() -> None:
+    """Another microphone adds a constant to each coefficient."""
+    ensemble, features, owner = make_ensemble(cmn=1), noise(12, 26), torch.arange(12)
+    microphone = torch.zeros(TINY_CFG.n_features, 1)
+    microphone[1 : TINY_CFG.n_mfcc] = torch.randn(TINY_CFG.n_mfcc - 1, 1)
+    here, _ = ensemble.adapt(features, owner)
+    there, _ = ensemble.adapt(features + microphone, owner)
+    one, other = here(features).probabilities, there(features + microphone).probabilities
+    torch.testing.assert_close(one, other, atol=1e-6, rtol=0)
+    assert not torch.allclose(one, here(features + microphone).probabilities, atol=1e-4)
+    assert not torch.allclose(one, ensemble(features).probabilities, atol=1e-4)
+    assert float(ensemble.members[0].voice_weight) == 0  # it stays as it was
+
+
+@torch.no_grad()
+def test_batch_norms_learn_from_varied_recordings_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recordings of one emotion would teach them that emotion, and take it away."""
+    ensemble, features = make_ensemble(cmn=0), noise(12, 26)
+    before = ensemble.members[0].conv[0][1].running_mean.clone()
+    alike, variety = ensemble.adapt(features[:1].expand(12, -1, -1) + 5, torch.arange(12))
+    assert variety == pytest.approx(0, abs=1e-5)
+    assert torch.equal(alike.members[0].conv[0][1].running_mean, before)
+    monkeypatch.setattr(model, "MIN_VARIETY", -1.0)  # as if they differed as much as they can
+    varied, _ = ensemble.adapt(features + 5, torch.arange(12))
+    after = varied.members[0].conv[0][1].running_mean
+    expected = ensemble.members[0].conv[0][0](varied.members[0].std * 0 + _normalised(varied, features + 5))
+    torch.testing.assert_close(
+        after, before.lerp(expected.mean(dim=(0, 2, 3)), 12 / (12 + 16)), atol=1e-4, rtol=1e-4
+    )
+
+
+def _normalised(ensemble: EmotionEnsemble, features: Tensor) -> Tensor:
+    """What the first convolution of a network without CMN gets."""
+    member = ensemble.members[0]
+    return ((features - member.mean) / member.std)[:, :, None]
+
+
+@torch.no_grad()
+def test_known_emotions_of_the_recordings_are_taken_off_their_voice() -> None:
+    ensemble, features = make_ensemble(cmn=1), noise(6, 26)
+    shifts = torch.randn(6, TINY_CFG.n_features, 1)
+    plain, _ = ensemble.adapt(features, torch.arange(6))
+    told, _ = ensemble.adapt(features, torch.arange(6), shifts)
+    expected = plain.members[0].voice - shifts.mean(dim=0)
+    torch.testing.assert_close(told.members[0].voice, expected)
 
 
 def test_mean_over_windows_is_a_mean_per_clip() -> None:

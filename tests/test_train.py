@@ -137,6 +137,43 @@ def test_few_validation_clips_that_are_all_right_make_no_model_certain() -> None
     assert 0.3 < temperature < 1
 
 
+def test_deviations_are_from_voices_of_a_random_number_of_clips() -> None:
+    """None of an unknown speaker, none for a quarter of the clips; one clip tells little of a voice."""
+    speakers = ["a"] * 400 + ["b"] + [""] * 50
+    clips = pd.DataFrame({"speaker": speakers, "emotion": (["Angry", "Sad"] * 226)[: len(speakers)]})
+    means = torch.from_numpy(np.random.default_rng(0).normal(size=(len(clips), 3, 1))).float() + 7
+    deviations = train.draw_deviations(clips, means, 1)
+    assert torch.equal(deviations, train.draw_deviations(clips, means, 1))
+    assert not torch.equal(deviations, train.draw_deviations(clips, means, 2))
+    assert deviations[400:].abs().max() == 0  # the only clip of b is its voice
+    none = (deviations[:400].abs().amax(dim=(1, 2)) == 0).float().mean().item()
+    assert none == pytest.approx(0.25, abs=0.1)
+    some = deviations[:400][deviations[:400].abs().amax(dim=(1, 2)) > 0]
+    # The voice is near 7, and counts n / (n + 4): deviations follow the means, and are smaller.
+    own = (means[:400] - 7)[deviations[:400].abs().amax(dim=(1, 2)) > 0]
+    slope = float((some * own).sum() / own.square().sum())
+    assert 0.4 < slope < 0.9
+
+
+def test_shifts_are_what_emotions_add_to_the_mean_of_a_speaker(tiny_cfg: Config) -> None:
+    """Whatever the speaker, and however many clips of each emotion he has."""
+    cfg, mfcc = tiny_cfg, make_mfcc(tiny_cfg)
+    cache, rows = FeatureCache(cfg, mfcc), []
+    for number, (speaker, emotion) in enumerate(
+        [("a", "Angry"), ("a", "Sad"), ("a", "Sad"), ("b", "Angry"), ("b", "Sad")]
+    ):
+        value = {"a": 3.0, "b": -5.0}[speaker] + {"Angry": 1.0, "Sad": -1.0}[emotion]
+        features = np.full((1, cfg.n_features, cfg.n_frames), value, np.float32)
+        cache.add((b"%d" % number, 0, 0), ClipFeatures(features, 1.0, str(number), ""))
+        rows.append((speaker, emotion, "train"))
+    cache.database.commit()
+    clips = pd.DataFrame(rows, columns=["speaker", "emotion", "part"]).assign(
+        first_window=[row[0] for row in cache.lookup().values()], n_windows=1
+    )
+    shifts = train.fit_shifts(cfg, clips, mfcc, ["Angry", "Happy", "Sad"])
+    np.testing.assert_allclose(shifts[:, :, 0].mean(dim=1), [1, 0, -1], atol=1e-5)
+
+
 # ---- one network -----------------------------------------------------------------------------------------
 
 Toy = tuple[Config, pd.DataFrame, MFCC]
