@@ -17,12 +17,13 @@ if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imp
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import math
 import multiprocessing
+import multiprocessing.connection
 import os
 import re
-import shutil
 import signal
 import sqlite3
 import stat
@@ -30,15 +31,14 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 import unicodedata
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import IO, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -46,7 +46,7 @@ import pandas as pd
 import soundfile
 import soxr
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from joblib import cpu_count
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -445,9 +445,9 @@ def check_csv_name(name: str) -> None:
 
 # ---- audio -----------------------------------------------------------------------------------------------
 
-FEATURES_VERSION = 3  # part of the cache key: raise it when Recording or MFCC gives other numbers
+FEATURES_VERSION = 4  # part of the cache key: raise it when Recording or MFCC gives other numbers
 MIN_REMAINDER = 0.1  # seconds after the last full window that are worth a window of their own
-FFMPEG_SECONDS = 600  # that ffmpeg may take for one file
+FFMPEG_SECONDS = 120  # that ffmpeg may take for half a second of audio
 ENVELOPE_RATE = 20  # points a second of the waveform's outline
 
 
@@ -455,21 +455,46 @@ class AudioError(Exception):
     """Why a file cannot be used as audio."""
 
 
+# Soundfile holds a lock of its own as long as this one, and a forked worker must find it free.
+_OPENING = threading.Lock()
+
+
 class _SoundFile(soundfile.SoundFile):  # type: ignore[misc] # soundfile has no types
+    """A file that libsndfile knows by its number alone.
+
+    By name it would go by the suffix, and look for a Mac's files beside this one.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        with _OPENING:
+            super().__init__(descriptor, closefd=False)
+
     def seekable(self) -> bool:
         """No: soundfile seeks after every read, and in an mp3 that damages what is decoded next."""
         return False
+
+    def blocks(self) -> Iterator[npt.NDArray[Any]]:
+        """Its samples (n, channels) float32; where it breaks off, those of the last block are lost."""
+        n_left, size = self.frames, max(1, self.samplerate // 2)
+        while n_left > 0:
+            n_wanted = min(size, n_left)  # no more, or it would read on into what follows
+            try:
+                samples = self.read(n_wanted, dtype="float32", always_2d=True)
+            except soundfile.SoundFileError as error:
+                raise AudioError(_reason(error)) from None
+            yield samples
+            n_left = n_left - n_wanted if len(samples) == n_wanted else 0
 
 
 Clip: TypeAlias = str | Path | npt.NDArray[Any]  # a file, or samples
 
 
 class Source(NamedTuple):
-    """Samples that are read block by block."""
+    """Samples that come block by block."""
 
     rate: int  # Hz
     n_frames: int  # as promised; 0: nothing is
-    read: Callable[[int], npt.NDArray[Any]]  # n -> (n, channels) float32, fewer at the end; or AudioError
+    blocks: Iterator[npt.NDArray[Any]]  # (n, channels) float32; AudioError where they break off
 
 
 class Recording:
@@ -535,24 +560,12 @@ class Recording:
             yield np.pad(last, (0, size - len(last)))
 
     def _blocks(self, source: Source) -> Iterator[FloatArray]:
-        """Mono blocks (n,) at cfg.sample_rate; a file that breaks off gives what came before."""
-        rate, n_read, is_last = source.rate, 0, False
+        """Mono blocks (n,) at cfg.sample_rate."""
+        rate, same = source.rate, source.rate == self.cfg.sample_rate
         if not 1000 <= rate <= 768_000:
             raise AudioError(f"{rate} Hz: must be 1,000 to 768,000 Hz")
         resampler = soxr.ResampleStream(rate, self.cfg.sample_rate, 1, dtype="float32", quality="HQ")
-        while not is_last:
-            try:
-                samples = source.read(rate // 2)
-            except AudioError as error:  # a cut FLAC, for one
-                if not n_read:
-                    raise
-                samples = np.empty((0, 1), np.float32)
-                self._broken = f"unreadable after {n_read / rate:.2f} s: {error}"
-            n_read += len(samples)
-            is_last = len(samples) < rate // 2
-            promised = source.n_frames if source.n_frames < 2**40 else 0  # more is no promise but "unknown"
-            if is_last and not self._broken and promised - n_read > 0.05 * rate:
-                self._broken = f"truncated: {n_read / rate:,.2f} of {promised / rate:,.2f} s"
+        for samples in self._until_it_breaks(source):
             with np.errstate(over="ignore", invalid="ignore"):  # 1e38 overflows to what is refused here
                 wave = samples.mean(axis=1) if samples.shape[1] > 1 else samples[:, 0]
             if len(wave):
@@ -561,9 +574,26 @@ class Recording:
                     raise AudioError("holds NaN or infinite samples")
                 self._low, self._high = min(self._low, low), max(self._high, high)
                 if self.step:
-                    places = np.arange(0, len(wave), rate / ENVELOPE_RATE).astype(int)
-                    self.envelope.append(np.maximum.reduceat(np.abs(wave), places))
-            yield wave if rate == self.cfg.sample_rate else resampler.resample_chunk(wave, last=is_last)
+                    starts = np.arange(0, len(wave), rate / ENVELOPE_RATE).astype(int)
+                    self.envelope.append(np.maximum.reduceat(np.abs(wave), starts))
+            yield wave if same else resampler.resample_chunk(wave)
+        if not same:
+            yield resampler.resample_chunk(np.empty(0, np.float32), last=True)
+
+    def _until_it_breaks(self, source: Source) -> Iterator[npt.NDArray[Any]]:
+        """The blocks of a source, with a warning where they break off or are fewer than promised."""
+        n_read, rate = 0, source.rate
+        try:
+            for samples in source.blocks:
+                n_read += len(samples)
+                yield samples
+        except AudioError as error:  # a cut FLAC, for one
+            if not n_read:
+                raise
+            self._broken = f"unreadable after {n_read / rate:,.2f} s: {error}"
+        else:
+            if source.n_frames - n_read > 0.05 * rate:
+                self._broken = f"truncated: {n_read / rate:,.2f} of {source.n_frames / rate:,.2f} s"
 
 
 @contextlib.contextmanager
@@ -576,91 +606,167 @@ def _open_array(samples: npt.NDArray[Any], rate: float | None) -> Iterator[Sourc
         raise AudioError(f"samples of shape {samples.shape}: must be (n,) or (n, channels), channels last")
     if not isinstance(rate, int | float | np.number) or not 0 < rate < math.inf:
         raise AudioError(f"rate = {rate}: an array needs its sampling rate in Hz")
-    scale = np.float32(2.0 ** (1 - bits) if kind == "i" else 1)
-    columns, place = samples if samples.ndim == 2 else samples[:, None], 0
+    scale, size = np.float32(2.0 ** (1 - bits) if kind == "i" else 1), max(1, int(rate) // 2)
+    columns = samples if samples.ndim == 2 else samples[:, None]
 
-    def read(n: int) -> npt.NDArray[Any]:
-        nonlocal place
-        place += n
-        with np.errstate(over="ignore"):  # of float64: infinite samples are refused
-            return columns[place - n : place].astype(np.float32) * scale
+    def blocks() -> Iterator[npt.NDArray[Any]]:
+        for start in range(0, len(columns), size):
+            with np.errstate(over="ignore"):  # of float64: infinite samples are refused
+                block = columns[start : start + size].astype(np.float32) * scale
+            yield block
 
-    yield Source(int(rate), len(samples), read)
+    yield Source(int(rate), len(samples), blocks())
 
 
 @contextlib.contextmanager
 def _open_file(path: Path) -> Iterator[Source]:
-    """A file as libsndfile reads it, or else ffmpeg."""
+    """A file as libsndfile reads it; ffmpeg reads what that cannot open, and what follows where it ends."""
     if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
         raise AudioError("not a regular file")
-    with path.open("rb") as file:  # the system says why it will not; libsndfile says "System error."
+    with path.open("rb", buffering=0) as file, contextlib.ExitStack() as stack:
         if not file.read(1):
             raise AudioError("empty file")
-    # Absolute, since "-" would be the standard input; bytes, since a name need not be UTF-8.
-    name = path if sys.platform == "win32" else os.fsencode(path.absolute())
-    try:
-        opened = _open_sound(_SoundFile(name))
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: of a suffix .raw
-        if getattr(error, "code", _UNKNOWN_FORMAT) != _UNKNOWN_FORMAT:
-            raise AudioError(_reason(error)) from None
-        opened = _open_ffmpeg(path)
-    with opened as source:
+        file.seek(0)
+        try:
+            sound = stack.enter_context(_SoundFile(file.fileno()))
+            source = Source(sound.samplerate, _promised(sound, file), _all_of(sound, file))
+        except soundfile.SoundFileError as error:
+            try:  # to the end where libsndfile finds that another file is joined to a wav
+                source = stack.enter_context(_open_ffmpeg(file, to_end="'RIFF'" in str(error)))
+            except AudioError as other:
+                raise AudioError(f"{_reason(error)}; {other}") from None
         yield source
 
 
-@contextlib.contextmanager
-def _open_sound(sound: _SoundFile) -> Iterator[Source]:
-    def read(n: int) -> npt.NDArray[Any]:
-        try:
-            return sound.read(n, dtype="float32", always_2d=True)  # type: ignore[no-any-return]
-        except soundfile.SoundFileError as error:
-            raise AudioError(_reason(error)) from None
-
-    with sound:
-        yield Source(sound.samplerate, sound.frames, read)
-
-
-_UNKNOWN_FORMAT = 1  # libsndfile's SF_ERR_UNRECOGNISED_FORMAT
-
-
 def _reason(error: Exception) -> str:
-    """Libsndfile's message without the file name; its message on a short mp3 is wrong."""
-    reason = str(error).rpartition(": ")[2]
-    return "not audio" if not reason or "possibly a pipe" in reason else reason
+    """Libsndfile's message without the file's number."""
+    return str(error).rpartition(": ")[2].rstrip(".")
+
+
+def _promised(sound: _SoundFile, file: io.FileIO) -> int:
+    """The frames that a file says it holds, 0 where it does not: libsndfile guesses from the size, then."""
+    if sound.subtype.startswith("MPEG"):
+        here = file.tell()  # behind the first frame, which may count the others
+        file.seek(max(0, here - 4096))
+        beginning = file.read(min(here, 4096))
+        file.seek(here)
+        if not re.search(rb"(Xing|Info)\0\0\0[\1\3\5\7\11\13\15\17]|VBRI", beginning):
+            return 0
+    return int(sound.frames) if sound.frames < 2**40 else 0  # more means "unknown"
+
+
+# What follows the samples of a whole file: the name of a further chunk, or of a tag. The others begin a file.
+_TAG = re.compile(rb"\0?(?!RIFF|FORM|OggS|fLaC)[\w ]{4}")
+
+
+def _all_of(sound: _SoundFile, file: io.FileIO) -> Iterator[npt.NDArray[Any]]:
+    """What libsndfile reads, then what follows: Ogg and mp3 may be joined, and the length in a wav wrong."""
+    n_read, least = 0, MIN_REMAINDER * sound.samplerate
+    for samples in sound.blocks():
+        n_read += len(samples)
+        yield samples
+    here, size = file.tell(), os.fstat(file.fileno()).st_size
+    following = file.read(5)
+    if not following or _TAG.match(following) or (n_read and (size - here) * n_read / here < least):
+        return
+    n_before, n_more = n_read, 0
+    like = ["-ar", str(sound.samplerate), "-ac", str(sound.channels)]
+    to_end = sound.format.startswith("WAV") and b"RIFF" not in following
+    try:
+        with _open_ffmpeg(file, like, to_end=to_end) as whole:
+            for samples in whole.blocks:
+                more = samples[n_before:]
+                n_before -= len(samples) - len(more)
+                n_more += len(more)
+                yield more
+        reason = "ffmpeg finds nothing in them" if n_more < least else ""
+    except AudioError as error:
+        reason = str(error)
+    if reason:
+        raise AudioError(f"{size - here:,} of {size:,} bytes follow; {reason}")
 
 
 @contextlib.contextmanager
-def _open_ffmpeg(path: Path) -> Iterator[Source]:
-    """A file as ffmpeg decodes it, at its own rate, through a pipe in Sun's au format, which has no end."""
-    program = shutil.which("ffmpeg")
-    if program is None:
-        raise AudioError(
-            f"unknown format: install ffmpeg, or convert it: ffmpeg -i {path.name} {path.stem}_.wav"
-        )
-    # Local files alone: a playlist must not make it fetch others.
-    inputs = "-nostdin -v quiet -protocol_whitelist file -i".split()
-    outputs = "-map 0:a:0 -c:a pcm_f32be -f au pipe:1".split()
-    command = [program, *inputs, f"file:{path.absolute()}", *outputs]
-    # In a process group of its own, or Ctrl-C would end it before we know of it.
-    with subprocess.Popen(command, stdout=subprocess.PIPE, process_group=0) as process:
-        assert process.stdout is not None
-        watchdog = threading.Timer(FFMPEG_SECONDS, process.kill)
-        watchdog.start()
-        try:
-            with _open_sound(_SoundFile(process.stdout.fileno(), closefd=False)) as source:
+def _open_ffmpeg(file: io.FileIO, outputs: Sequence[str] = (), *, to_end: bool = False) -> Iterator[Source]:
+    """A file as ffmpeg decodes it, through a pipe in Sun's au format, which has no end.
 
-                def read(n: int) -> npt.NDArray[Any]:
-                    samples = source.read(n)
-                    if len(samples) < n and (code := process.wait()):
-                        raise AudioError(f"ffmpeg cannot decode it (exit code {code})")
-                    return samples
+    With `to_end` it is a wav whose length is not believed.
+    """
+    with (
+        tempfile.TemporaryFile() as messages,
+        _start_ffmpeg(file, outputs, messages, to_end=to_end) as process,
+    ):
 
-                yield source._replace(read=read)
-        except soundfile.SoundFileError:
-            raise AudioError("ffmpeg finds no audio in it") from None
-        finally:
-            watchdog.cancel()
+        def fault() -> AudioError:
             process.kill()
+            messages.seek(0)
+            line = re.sub(r"^\[.*?\] |^file:/dev/stdin: ", "", messages.readline().decode(errors="replace"))
+            code = process.wait()
+            return AudioError(f"ffmpeg: {line.strip() or 'no audio'}" + f" (exit code {code})" * (code > 0))
+
+        def blocks(sound: _SoundFile) -> Iterator[npt.NDArray[Any]]:
+            decoded = sound.blocks()
+            while True:
+                with _deadline(process):
+                    if (samples := next(decoded, None)) is None and process.wait():
+                        raise fault()
+                if samples is None:
+                    return
+                yield samples
+
+        try:
+            assert process.stdout is not None
+            try:
+                with _deadline(process):
+                    opened = _SoundFile(process.stdout.fileno())
+            except soundfile.SoundFileError:
+                raise fault() from None
+            with opened as sound:
+                yield Source(sound.samplerate, 0, blocks(sound))
+        finally:
+            process.kill()
+
+
+def _start_ffmpeg(
+    file: io.FileIO, outputs: Sequence[str], messages: IO[bytes], *, to_end: bool
+) -> "subprocess.Popen[bytes]":
+    # Standard input has no suffix to go by. Local files alone: a playlist must not make it fetch others.
+    name = Path(os.fsdecode(file.name))
+    whole = f"file:{name.absolute()}" if sys.platform == "win32" else "file:/dev/stdin"
+    inputs = ["file", "-i", whole] if not to_end else "pipe -ignore_length 1 -f wav -i pipe:0".split()
+    command = ["ffmpeg", "-v", "error", "-protocol_whitelist", *inputs, "-map", "0:a:0", *outputs]
+    command += "-c:a pcm_f32be -f au pipe:1".split()
+    file.seek(0)
+    try:  # in a process group of its own, or Ctrl-C would end it before we know of it
+        return subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=messages, process_group=0)
+    except FileNotFoundError:
+        convert = f"ffmpeg -i {name.name} {name.stem}_.wav"
+        raise AudioError(f"install ffmpeg, or convert it: {convert}") from None
+    except OSError as error:
+        raise AudioError(f"ffmpeg cannot be started: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def _deadline(process: "subprocess.Popen[bytes]") -> Iterator[None]:
+    """Kill a process that makes us wait too long; what we do between two waits does not count.
+
+    Raises:
+        AudioError: It was killed.
+    """
+    late = threading.Event()
+
+    def give_up() -> None:
+        late.set()
+        process.kill()
+
+    timer = threading.Timer(FFMPEG_SECONDS, give_up)
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        if late.is_set():
+            raise AudioError(f"ffmpeg gave nothing for {FFMPEG_SECONDS} s")
 
 
 # ---- features --------------------------------------------------------------------------------------------
@@ -674,7 +780,9 @@ def mfcc_constants(cfg: Config) -> dict[str, Tensor]:
         (..., T) coefficients into first and second derivatives: a Savitzky-Golay filter over nine frames is
         linear, so filtering the identity gives its matrix.
     """
-    import librosa
+    # Under librosa, numba needs a folder for its cache, and there may be no home.
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(cfg.cache_dir, "numba").absolute()))
+    import librosa  # takes seconds, and a trained model brings its constants along
     import scipy.fft
 
     identity = np.eye(cfg.n_frames)
@@ -697,8 +805,7 @@ class MFCC(nn.Module):
     def __init__(self, constants: Mapping[str, Tensor], hop_length: int) -> None:
         super().__init__()
         self.window = nn.Buffer(constants["window"].float())
-        # A checkpoint's is sparse and has no -0, librosa's has: both must name the same cache.
-        self.mel = nn.Buffer(constants["mel"].to_dense().float() + 0)
+        self.mel = nn.Buffer(constants["mel"].to_dense().float())  # sparse in a checkpoint
         self.dct = nn.Buffer(constants["dct"].float())
         self.deltas = nn.Buffer(constants["deltas"].float())
         self.hop_length = hop_length
@@ -714,11 +821,12 @@ class MFCC(nn.Module):
         if torch.compiler.is_exporting():  # to a graph for any B, which cannot loop over chunks
             return self._features(waves)
         chunk = 4 if waves.device.type == "cpu" else 1024  # four windows fit the processor's cache
-        return torch.cat([self._features(part) for part in torch.split(waves, chunk)])
+        return torch.cat([self._features(few) for few in torch.split(waves, chunk)])
 
     def _features(self, waves: Tensor) -> Tensor:
         n_fft = len(self.window)
-        frames = nn.functional.pad(waves, (n_fft // 2, n_fft // 2)).unfold(-1, n_fft, self.hop_length)
+        padded = nn.functional.pad(waves, (n_fft // 2, n_fft - n_fft // 2))  # an odd one, too, in all
+        frames = padded.unfold(-1, n_fft, self.hop_length)
         spectrum = torch.view_as_real(torch.fft.rfft(frames * self.window)).square_()
         power = spectrum[..., 0] + spectrum[..., 1]  # (B, T, n_fft // 2 + 1)
         mel = torch.cat([power[..., bins] @ self.mel[bins, bands] for bins, bands in self.bands], dim=-1)
@@ -733,59 +841,108 @@ class MFCC(nn.Module):
 
 # ---- many files, all cores -------------------------------------------------------------------------------
 
-CHUNK = 16  # files per task of a worker, at most
+CHUNK = 16  # files that a worker reads at a time, at most
 Work: TypeAlias = Callable[[Sequence[str]], list[Any]]  # paths -> results, one per path
+
+if hasattr(os, "register_at_fork"):
+    # A forked process lacks OpenMP's threads, and would wait for them for ever.
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
+    os.register_at_fork(
+        before=_OPENING.acquire, after_in_parent=_OPENING.release, after_in_child=_OPENING.release
+    )
 
 
 def map_files(work: Work, paths: Sequence[str], cfg: Config) -> Generator[Any, None, None]:
     """Call `work` on chunks of the paths in worker processes, and yield its results, in order, one per path.
 
-    A file whose decoder crashes costs its chunk: each file in it becomes an AudioError.
+    A file whose decoder crashes costs its chunk: each file in it becomes an AudioError. Where no process can
+    be started, this one does the work.
     """
     n_workers = min(cfg.num_workers if cfg.num_workers >= 0 else cpu_count(), len(paths))
     size = max(1, min(CHUNK, len(paths) // max(1, n_workers)))  # a few long files have all cores
-    chunks = deque(paths[start : start + size] for start in range(0, len(paths), size))
-    if n_workers == 0:
-        for chunk in chunks:
-            yield from work(chunk)
-        return
-    # A forked worker starts at once; elsewhere than on Linux forking is not safe.
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    alone = False  # whether the next chunk is tried by itself, since one of several killed its worker
-    while chunks:
-        pool = ProcessPoolExecutor(n_workers, context, initializer=_start_worker, initargs=(work,))
-        ahead = deque[Future[list[Any]]]()
+    chunks = [paths[start : start + size] for start in range(0, len(paths), size)]
+    todo, done = deque(range(len(chunks))), dict[int, list[Any]]()
+    workers = _start_workers(work, n_workers)
+    try:
+        for number in range(len(chunks)):
+            while number not in done:
+                if not workers:
+                    following = todo.popleft()
+                    done[following] = work(chunks[following])
+                    continue
+                for worker in workers:  # each has a second one to go on with, and none runs far ahead
+                    while todo and len(worker.numbers) < 2 and todo[0] < number + 4 * n_workers:
+                        worker.give(todo.popleft(), chunks)
+                ready = multiprocessing.connection.wait([worker.pipe for worker in workers])
+                for worker in [worker for worker in workers if worker.pipe in ready]:
+                    finished = worker.numbers.popleft()
+                    if (answer := worker.receive()) is None:
+                        answer = [AudioError("this file, or one read with it, crashed the audio decoder")]
+                        answer *= len(chunks[finished])
+                        todo.extendleft(reversed(worker.numbers))
+                        workers.remove(worker)
+                        workers += _start_workers(work, 1)
+                    done[finished] = answer
+            yield from done.pop(number)
+    finally:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.join()
+
+
+class _Worker:
+    """A process, and what it is to do."""
+
+    def __init__(self, work: Work) -> None:
+        # A forked worker starts at once; elsewhere than on Linux forking is not safe.
+        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        self.pipe, theirs = context.Pipe()  # and no queue: that needs semaphores, which some machines lack
+        self.numbers = deque[int]()  # of its chunks, in order
+        self.process = context.Process(target=_serve, args=(theirs, work), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def give(self, number: int, chunks: Sequence[Sequence[str]]) -> None:
+        """Send a chunk."""
+        self.numbers.append(number)
+        with contextlib.suppress(OSError):  # if it crashed, receive will tell
+            self.pipe.send(chunks[number])
+
+    def receive(self) -> list[Any] | None:
+        """The results of the first chunk, or None where it crashed; what `work` raised is raised here."""
         try:
-            while chunks:
-                for chunk in itertools.islice(chunks, len(ahead), 1 if alone else 2 * n_workers):
-                    ahead.append(pool.submit(_call_work, chunk))
-                results = ahead.popleft().result()
-                chunks.popleft()
-                yield from results
-                alone = False
-        except BrokenProcessPool:
-            if alone:
-                lost = AudioError("this file, or one read with it, crashed the audio decoder")
-                yield from [lost] * len(chunks.popleft())
-            alone = not alone
-        finally:
-            pool.shutdown(cancel_futures=True)
+            answer: list[Any] | Exception = self.pipe.recv()
+        except (EOFError, OSError):
+            return None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
 
-_work: Work  # what a worker does, set when it starts
+def _start_workers(work: Work, count: int) -> list[_Worker]:
+    """As many as the system allows."""
+    workers: list[_Worker] = []
+    try:
+        for _ in range(count):
+            workers.append(_Worker(work))
+    except (OSError, AssertionError) as error:  # AssertionError: a daemon may have no children
+        note(f"note: {count - len(workers)} of {count} processes that read clips cannot be started: {error}")
+    return workers
 
 
-def _start_worker(work: Work) -> None:
-    global _work  # noqa: PLW0603 - sent once, and not with every chunk
-    _work = work
+def _serve(pipe: Any, work: Work) -> None:  # noqa: ANN401 - a Connection
+    """What a worker does: results for chunks, until its parent has enough."""
     start_child(1)
     silence = os.open(os.devnull, os.O_WRONLY)
     os.dup2(silence, 1)  # decoders print: to stderr, and some to stdout, among the results
     os.dup2(silence, 2)
-
-
-def _call_work(chunk: Sequence[str]) -> list[Any]:
-    return _work(chunk)
+    while True:
+        chunk = pipe.recv()
+        try:
+            pipe.send(work(chunk))
+        except Exception as error:  # whatever it is, the parent is told
+            error.add_note(traceback.format_exc())
+            pipe.send(error)
 
 
 def start_child(n_threads: int) -> None:
@@ -793,7 +950,8 @@ def start_child(n_threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(n_threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    with contextlib.suppress(RuntimeError):  # where no thread is to be had it ends when it reads or writes
+        threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
 def _end_with_parent() -> None:
@@ -820,7 +978,8 @@ def extract(path: Path, mfcc: MFCC, cfg: Config) -> ClipFeatures:
     """
     recording = Recording(path, cfg)
     windows = np.stack(list(itertools.islice(recording, cfg.max_windows)))
-    features = mfcc(torch.from_numpy(windows)).numpy()
+    with torch.inference_mode():
+        features = mfcc(torch.from_numpy(windows)).numpy()
     if not np.isfinite(features).all():
         raise AudioError(f"samples as large as {np.abs(windows).max():.0e}: features are not finite")
     audio_hash = hashlib.sha256(windows[:, ::8].tobytes()).hexdigest()[:32]  # an eighth tells clips apart
@@ -856,27 +1015,72 @@ FileState: TypeAlias = tuple[bytes, int, int]  # absolute path, bytes, nanosecon
 class FeatureCache:
     """Features of clips on disk: several readers, one writer that others wait for.
 
-    It is named by all that shapes the features: their constants, and what decodes and resamples audio.
+    It is named by all that shapes the features: settings, constants, and what decodes and resamples audio.
+
+    Raises:
+        UserError: The file cannot be used; the message says why, and what to do.
     """
 
     def __init__(self, cfg: Config, mfcc: MFCC) -> None:
         self.shape = (cfg.n_features, cfg.n_frames)
-        parts = [FEATURES_VERSION, cfg.sample_rate, cfg.n_samples, cfg.hop_length, cfg.max_windows]
-        key = hashlib.sha256(repr([*parts, soxr.__version__, soundfile.__libsndfile_version__]).encode())
-        for constant in mfcc.state_dict().values():
-            key.update(constant.cpu().numpy().tobytes())
+        settings = [cfg.sample_rate, cfg.n_samples, cfg.max_windows, cfg.n_fft, cfg.hop_length, cfg.n_mels]
+        # Rounded, since the last bits of a constant are other ones on another machine.
+        constants = [f"{constant.double().norm():.3g}" for constant in mfcc.state_dict().values()]
+        libraries = [soxr.__version__, soundfile.__libsndfile_version__]
+        key = hashlib.sha256(repr([FEATURES_VERSION, self.shape, settings, constants, libraries]).encode())
         self.path = Path(cfg.cache_dir, f"features-{key.hexdigest()[:16]}.sqlite")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            self.database = sqlite3.connect(self.path, timeout=600)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if not self.path.exists():
+                self.check_locks()
+            self.database = sqlite3.connect(self.path, timeout=10)
             self.database.execute("PRAGMA page_size = 65536")  # a window of 62 kB fits one page
             self.database.executescript(_TABLES)
-        except sqlite3.Error as error:
+            self.database.execute("PRAGMA busy_timeout = 60000")  # ms: others hold it for a commit at a time
+        except (sqlite3.Error, OSError) as error:
             raise self.fault(error) from None
 
     def fault(self, error: Exception) -> UserError:
         """What to raise when SQLite fails."""
-        return UserError(f"cache {self.path}: {error}: free disk space, or delete the file", code=1)
+        remedy = "choose another --cache_dir, free disk space, or delete the file"
+        if isinstance(error, PermissionError) or re.search("readonly|unable to open", str(error)):
+            remedy = "you may not write there: choose another --cache_dir"
+        elif isinstance(error, OSError) or "locked" in str(error):
+            remedy = "another run has it, or its drive cannot lock: wait, or choose another --cache_dir"
+        return UserError(f"cache {self.path}: {getattr(error, 'strerror', error)}: {remedy}", code=1)
+
+    def check_locks(self) -> None:
+        """Refuse a folder on a drive that cannot lock: there, a lock on a new file of our own fails, too.
+
+        Raises:
+            UserError: It cannot.
+            OSError: Nothing can be written to it.
+        """
+        with tempfile.TemporaryDirectory(dir=self.path.parent) as scratch:
+            database = sqlite3.connect(Path(scratch, "sqlite"), timeout=0)
+            try:
+                database.execute("BEGIN EXCLUSIVE")
+                FileLock(Path(scratch, "lock")).acquire(timeout=0).__exit__(None, None, None)
+            except (sqlite3.Error, OSError, NotImplementedError):
+                where = f"cache {self.path.parent}: its drive cannot lock files, as some network drives"
+                raise UserError(f"{where}: choose a --cache_dir on another one") from None
+            finally:
+                database.close()
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the one that fills it, after any other that does."""
+        lock = FileLock(self.path.with_suffix(".lock"))
+        try:
+            lock.acquire(timeout=0)
+        except (Timeout, NotImplementedError):
+            self.check_locks()
+            note(f"note: waiting for another run that fills the cache {self.path}")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
 
     def lookup(self) -> dict[FileState, tuple[Any, ...]]:
         """Known files -> first_window (its id), n_windows, seconds, audio_hash, warning."""
@@ -918,19 +1122,20 @@ def load_features(clips: pd.DataFrame, cfg: Config, mfcc: MFCC) -> tuple[pd.Data
     for path in clips.path:
         try:
             status = Path(path).stat()
-            states[path] = (os.fsencode(Path(path).absolute()), status.st_size, status.st_mtime_ns)
+            time = status.st_mtime_ns % 2**63  # SQLite has no more
+            states[path] = (os.fsencode(Path(path).absolute()), status.st_size, time)
         except OSError as error:
             failures[path] = error.strerror or str(error)
     try:
         known = cache.lookup()
         if any(state not in known for state in states.values()):
-            with FileLock(cache.path.with_suffix(".lock")):  # a second run waits
+            with cache.lock():
                 known = cache.lookup()  # another run may have filled it meanwhile
                 missing = {path: state for path, state in states.items() if state not in known}
                 failures |= _fill(cache, missing, cfg, mfcc)
             known = cache.lookup()
         cache.database.close()
-    except sqlite3.Error as error:
+    except (sqlite3.Error, OSError) as error:
         raise cache.fault(error) from None
     found = [path not in failures for path in clips.path]
     columns = ["first_window", "n_windows", "seconds", "audio_hash", "warning"]
