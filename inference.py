@@ -55,9 +55,7 @@ import itertools
 import json
 import os
 import re
-import shutil
 import sys
-import tempfile
 import threading
 from argparse import Namespace
 from collections import Counter
@@ -65,7 +63,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, overload
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, TextIO, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -98,6 +96,7 @@ from prepare import (
     make_demo,
     map_files,
     report_files,
+    spool,
 )
 
 if TYPE_CHECKING:
@@ -126,6 +125,11 @@ class Prediction(NamedTuple):
     distance: float  # from the training data, of which nearly all is within 1
     warning: str  # what is wrong with it; empty if nothing is
     timeline: Timeline | None = None  # where a step was asked for
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in plain types, for json.dumps; of a timeline the windows, a dictionary each."""
+        windows = None if self.timeline is None else self.timeline.windows.to_dict("records")
+        return {**self._asdict(), "timeline": windows}
 
 
 def default_model(cfg: Config, paths: Sequence[Path] = ()) -> Path:
@@ -200,8 +204,8 @@ class Recognizer:
         """What the model makes of a clip, or of each of a list of clips.
 
         Args:
-            clips: A path; or samples (n,) or (n, channels), float in [-1, 1], int16 or int32; or a list of
-                either.
+            clips: A path, or the bytes of a file, or a file opened for reading bytes; or samples (n,) or
+                (n, channels), float in [-1, 1], int16 or int32; or a list of these.
             rate: Sampling rate of the arrays, 1,000 to 768,000 Hz.
             step: Seconds from window to window, if a timeline is wanted.
 
@@ -213,7 +217,7 @@ class Recognizer:
             UserError: The step is below 0.1 s or longer than a window.
         """
         self._check_step(step)
-        several: list[Any] = [*clips] if isinstance(clips, list | tuple) else [clips]
+        several = _as_list(clips)
         predictions: list[Prediction] = []
         with one_thread():
             results = self._predict(several, rate=rate, step=step)
@@ -244,17 +248,7 @@ class Recognizer:
             AudioError: A recording cannot be used.
             UserError: They do not sound like speech, or an emotion is none of the labels.
         """
-        several: list[Any] = [*clips] if isinstance(clips, list | tuple) else [clips]
-        features: list[Tensor] = []
-        seconds = 0.0
-        for number, clip in enumerate(several):
-            recording = Recording(clip, self.cfg, rate=rate)
-            try:
-                windows = np.stack(list(itertools.islice(recording, round(120 / self.cfg.duration))))
-            except AudioError as error:
-                raise AudioError(f"{_name(clip, number)}: {error}") from None
-            features.append(self.model.mfcc(torch.from_numpy(windows).to(self.device)))
-            seconds += recording.seconds
+        features, seconds = self._extract(_as_list(clips), rate)
         owner = [number for number, windows in enumerate(features) for _ in windows]
         if unknown := set(emotions) - set(self.labels):
             raise UserError(f"emotions = {', '.join(sorted(unknown))}: must be of {', '.join(self.labels)}")
@@ -266,16 +260,50 @@ class Recognizer:
         )
         if bool((model.distance(torch.cat(features)) > 1).all()):
             raise UserError("the recordings to adapt to do not sound like speech (distance above 1)")
-        if len(several) < 8 or seconds < 20:
-            note(f"note: {len(several)} recordings, {seconds:.0f} s: from 8 recordings and 20 s on it pays")
+        if len(features) < 8 or seconds < 20:
+            note(f"note: {len(features)} recordings, {seconds:.0f} s: from 8 recordings and 20 s on it pays")
         if variety < MIN_VARIETY and not emotions:
             note("note: the recordings to adapt to sound like one emotion: it helps little")
         adapted = copy.copy(self)
-        adapted.model, adapted.name = model, f"{self.name}, adapted to {len(several)} recordings"
+        adapted.model, adapted.name = model, f"{self.name}, adapted to {len(features)} recordings"
         members = [dict(network.state_dict()) for network in model.members]
         distance = dict(model.distance.state_dict())
         adapted.checkpoint = replace(self.checkpoint, members=members, distance=distance)
         return adapted
+
+    @torch.inference_mode()
+    def embed(self, clip: Clip, rate: float | None = None) -> FloatArray:
+        """What the networks hear in a clip before they decide, for classifiers of one's own.
+
+        Args:
+            clip: As for predict; the first two minutes are heard.
+            rate: Sampling rate of an array.
+
+        Returns:
+            (n_networks * 6 * gru_hidden,) float32: the pooled states of each network, means over the windows.
+
+        Raises:
+            AudioError: The clip cannot be used.
+        """
+        with one_thread():
+            (features,), _ = self._extract(_as_list(clip), rate)
+            states = [network.embed(features).mean(dim=0) for network in self.model.members]
+        return torch.cat(states).cpu().numpy()
+
+    @torch.inference_mode()
+    def _extract(self, clips: Sequence[Clip], rate: float | None) -> tuple[list[Tensor], float]:
+        """Features (W, F, T) of the first two minutes of each clip, and their seconds together."""
+        features: list[Tensor] = []
+        seconds = 0.0
+        for number, clip in enumerate(clips):
+            recording = Recording(clip, self.cfg, rate=rate)
+            try:
+                windows = np.stack(list(itertools.islice(recording, round(120 / self.cfg.duration))))
+            except AudioError as error:
+                raise AudioError(f"{_name(clip, number)}: {error}") from None
+            features.append(self.model.mfcc(torch.from_numpy(windows).to(self.device)))
+            seconds += recording.seconds
+        return features, seconds
 
     def predict_files(
         self, paths: Sequence[str], *, step: float = 0.0
@@ -353,6 +381,20 @@ class Recognizer:
         return result._replace(timeline=Timeline(windows, np.concatenate(recording.envelope)))
 
 
+def _as_list(clips: Any) -> list[Any]:  # noqa: ANN401 - whatever a caller passes
+    """The clips, one or several.
+
+    Raises:
+        AudioError: One is none.
+    """
+    several = [*clips] if isinstance(clips, list | tuple) else [clips]
+    for clip in several:
+        if not (isinstance(clip, str | Path | bytes | np.ndarray) or hasattr(clip, "read")):
+            kinds = "a path, a file or its bytes, or samples as a NumPy array"
+            raise AudioError(f"{type(clip).__name__}: a clip is {kinds}")
+    return several
+
+
 def _name(clip: Clip, number: int) -> str:
     return str(clip) if isinstance(clip, str | Path) else f"clip {number}"
 
@@ -411,20 +453,15 @@ def expand_paths(arguments: Sequence[str], stdin: Path | None = None) -> list[Pa
     return paths
 
 
-@contextlib.contextmanager
-def spool_stdin() -> Iterator[Path]:
-    """A temporary file with what comes through standard input: a decoder has to go back and forth in it.
+def open_stdin() -> IO[bytes]:
+    """Standard input, as a file.
 
     Raises:
-        UserError: Standard input is a terminal.
+        UserError: It is a terminal.
     """
     if sys.stdin is None or sys.stdin.isatty():
         raise UserError("-: standard input holds no file: pass one with `< clip.wav`")
-    with tempfile.TemporaryDirectory() as scratch:
-        path = Path(scratch, "stdin")
-        with path.open("wb") as file:
-            shutil.copyfileobj(sys.stdin.buffer, file)
-        yield path
+    return sys.stdin.buffer
 
 
 # ---- results ---------------------------------------------------------------------------------------------
@@ -780,7 +817,7 @@ def main(cfg: Config, flags: Namespace) -> int:
     if flags.demo:
         make_demo(Path(cfg.data_dir))
     torch.set_num_threads(1)  # the cores belong to the workers
-    with spool_stdin() if "-" in flags.paths else contextlib.nullcontext() as stdin:
+    with spool(open_stdin()) if "-" in flags.paths else contextlib.nullcontext() as stdin:
         paths = expand_paths(flags.paths, stdin)
         models = [str(default_model(cfg, [cfg.test_root] if not flags.paths and not flags.export else paths))]
         if flags.demo or hasattr(flags, "checkpoint"):

@@ -320,6 +320,10 @@ class EmotionCNNGRU(nn.Module):
         `deviation` (B, F, 1) is that of each clip from the voice of its speaker; else the voice is that of
         the network, if it knows one.
         """
+        return self.head(self.embed(features, deviation)).float()  # type: ignore[no-any-return] # Module
+
+    def embed(self, features: Tensor, deviation: Tensor | None = None) -> Tensor:
+        """What the head decides from: mean, std and maximum of the states, (B, 6 * gru_hidden) float32."""
         own_mean = loud_mean(features, self.depth)  # (B, F, 1)
         if deviation is None:
             deviation = self.voice_weight * (own_mean - self.voice)
@@ -332,8 +336,7 @@ class EmotionCNNGRU(nn.Module):
         mean = (weights * states).sum(dim=1)
         variance = (weights * states.square()).sum(dim=1) - mean.square()
         std = variance.clamp(min=1e-5).sqrt()  # at 0 the root has no slope
-        pooled = torch.cat([mean, std, states.amax(dim=1)], dim=1)  # (B, 6 * gru_hidden)
-        return self.head(pooled).float()  # type: ignore[no-any-return] # nn.Module is Any
+        return torch.cat([mean, std, states.amax(dim=1)], dim=1)
 
     def remove_level(self, features: Tensor) -> Tensor:
         """Features without the level of the loudest frame, if this network does not hear it."""

@@ -24,6 +24,7 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import re
+import shutil
 import signal
 import sqlite3
 import stat
@@ -486,7 +487,8 @@ class _SoundFile(soundfile.SoundFile):  # type: ignore[misc] # soundfile has no 
             n_left = n_left - n_wanted if len(samples) == n_wanted else 0
 
 
-Clip: TypeAlias = str | Path | npt.NDArray[Any]  # a file, or samples
+# A file, by its path, its content, or opened for reading bytes; or samples.
+Clip: TypeAlias = str | Path | bytes | IO[bytes] | npt.NDArray[Any]
 
 
 class Source(NamedTuple):
@@ -506,7 +508,8 @@ class Recording:
     librosa.load does. Neither length, header nor suffix is trusted: what comes out is what is there.
 
     Args:
-        source: A path; or samples (n,) or (n, channels), float in about [-1, 1], int16 or int32.
+        source: A path, or the bytes of a file, or a file opened for reading bytes; or samples (n,) or
+            (n, channels), float in about [-1, 1], int16 or int32.
         cfg: Sampling rate and length of the windows.
         rate: Of an array, in Hz; a file brings its own.
         step: Seconds from window to window, at most cfg.duration; 0: cfg.duration.
@@ -531,10 +534,8 @@ class Recording:
         return "; ".join(filter(None, [self._broken, silent, loud]))
 
     def __iter__(self) -> Iterator[FloatArray]:
-        clip = self.source
-        opened = _open_file(Path(clip)) if isinstance(clip, str | Path) else _open_array(clip, self.rate)
         try:
-            with opened as source:
+            with _open(self.source, self.rate) as source:
                 yield from self._windows(source)
         except OSError as error:
             raise AudioError(error.strerror or str(error)) from None
@@ -594,6 +595,29 @@ class Recording:
         else:
             if source.n_frames - n_read > 0.05 * rate:
                 self._broken = f"truncated: {n_read / rate:,.2f} of {source.n_frames / rate:,.2f} s"
+
+
+@contextlib.contextmanager
+def _open(clip: Clip, rate: float | None) -> Iterator[Source]:
+    """Whatever a clip is."""
+    with contextlib.ExitStack() as stack:
+        if isinstance(clip, np.ndarray):
+            yield stack.enter_context(_open_array(clip, rate))
+        elif isinstance(clip, str | Path):
+            yield stack.enter_context(_open_file(Path(clip)))
+        else:
+            path = stack.enter_context(spool(io.BytesIO(clip) if isinstance(clip, bytes) else clip))
+            yield stack.enter_context(_open_file(path))
+
+
+@contextlib.contextmanager
+def spool(stream: IO[bytes]) -> Iterator[Path]:
+    """A temporary file with what a stream holds: a decoder has to go back and forth in it."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "clip")
+        with path.open("wb") as file:
+            shutil.copyfileobj(stream, file)
+        yield path
 
 
 @contextlib.contextmanager

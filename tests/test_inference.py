@@ -440,6 +440,38 @@ def test_odd_array_is_refused(samples: np.ndarray, rate: int | None, reason: str
         Recognizer(trained.cfg.checkpoint, device="cpu").predict([samples], rate)
 
 
+def test_content_of_a_file_is_a_clip(clips: Path, trained: Trained) -> None:
+    """A service needs no temporary file; what comes back goes into json.dumps."""
+    recognizer = Recognizer(trained.cfg.checkpoint, device="cpu")
+    path = clips / "2.wav"
+    expected = recognizer.predict(path)
+    with path.open("rb") as file:
+        assert recognizer.predict([path.read_bytes(), file]) == [expected, expected]
+    assert json.loads(json.dumps(expected.to_dict()))["probabilities"] == expected.probabilities
+    with_windows = json.loads(json.dumps(recognizer.predict(path, step=0.2).to_dict()))
+    assert [window["start"] for window in with_windows["timeline"]] == pytest.approx([0, 0.1])
+    with pytest.raises(AudioError, match=r"^clip 0: "):
+        recognizer.predict(b"no audio")
+    with pytest.raises(AudioError, match="int: a clip is a path, a file or its bytes"):
+        recognizer.predict(3)  # type: ignore[call-overload]
+
+
+def test_embedding_is_what_the_heads_decide_from(clips: Path, trained: Trained) -> None:
+    recognizer = Recognizer(trained.cfg.checkpoint, device="cpu")
+    states = torch.from_numpy(recognizer.embed(clips / "2.wav")).split(6 * trained.cfg.gru_hidden)
+    assert len(states) == 2
+    with torch.inference_mode():
+        logits = [
+            member.head(state[None]) for member, state in zip(recognizer.model.members, states, strict=True)
+        ]
+        probabilities = recognizer.model.calibrated(
+            Outputs(torch.cat(logits).softmax(dim=1).mean(dim=0, keepdim=True), torch.zeros(1))
+        )[0]
+    write_clip(Path("short.wav"), "Angry", 0.4)  # of one window, the mean of its probabilities is its own
+    assert probabilities.argmax() == 0
+    assert recognizer.embed("short.wav").dtype == np.float32
+
+
 # ---- a known voice ---------------------------------------------------------------------------------------
 
 
