@@ -1,18 +1,23 @@
 """Finding clips, reading audio, features against librosa, the cache, and the corpus."""
 
+import errno
 import itertools
 import multiprocessing
+import multiprocessing.pool
 import os
 import random
 import re
 import resource
+import shutil
 import signal
 import struct
+import subprocess
 import sys
+import threading
 import time
 import tracemalloc
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,6 +29,7 @@ import pandas as pd
 import pytest
 import soundfile
 import torch
+from filelock import Timeout
 
 import prepare
 from config import Config, UserError, run
@@ -41,6 +47,7 @@ from prepare import (
 from tests.conftest import (
     EMOTIONS,
     RATE,
+    ROOT,
     make_corpus,
     make_mfcc,
     run_script,
@@ -666,11 +673,13 @@ SECOND = np.stack([1.5 * RAMP, 0.5 * RAMP], axis=1).astype(">f4").tobytes()
     ("output", "then", "reason"),
     [
         (AU + SECOND, "exit 0", ""),
-        (AU + SECOND, "exit 3", r"unreadable after 1\.00 s: ffmpeg cannot decode it \(exit code 3\)"),
-        (b"", "exit 1", "ffmpeg finds no audio in it"),
-        (b"Hello\n" * 99, "exit 0", "ffmpeg finds no audio in it"),
+        (AU + SECOND, "exit 3", r"unreadable after 1\.00 s: ffmpeg: no audio \(exit code 3\)"),
+        (b"", "exit 1", r"^Format not recognised; ffmpeg: no audio \(exit code 1\)$"),
+        (b"", "echo '[mov @ 0x55] no moov' >&2; exit 1", r"; ffmpeg: no moov \(exit code 1\)$"),
+        (b"", "echo libx.so: not found >&2; exit 127", r"; ffmpeg: libx.so: not found \(exit code 127\)$"),
+        (b"Hello\n" * 99, "exit 0", "ffmpeg: no audio"),
         (AU, "exit 0", "holds no samples"),
-        (b"", "exec sleep 60", "ffmpeg finds no audio in it"),
+        (b"", "exec sleep 60", "ffmpeg gave nothing for 2 s"),
     ],
 )
 def test_ffmpeg_decodes_what_libsndfile_cannot(
@@ -691,6 +700,207 @@ def test_ffmpeg_decodes_what_libsndfile_cannot(
     else:
         with pytest.raises(AudioError, match=reason):
             list(recording)
+
+
+def put_in_path(folder: Path, script: str, monkeypatch: pytest.MonkeyPatch, *, mode: int = 0o755) -> None:
+    """An ffmpeg that is a shell script."""
+    (folder / "ffmpeg").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "ffmpeg").chmod(mode)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+@LINUX
+@pytest.mark.parametrize(
+    ("mode", "script", "reason"),
+    [
+        (0o644, "#!/bin/sh", "ffmpeg cannot be started: Permission denied"),
+        (0o755, "\0", "ffmpeg cannot be started: Exec format error"),
+        (0, "", "install ffmpeg, or convert it: ffmpeg -i a.m4a a_.wav"),
+    ],
+)
+def test_ffmpeg_that_cannot_be_started_is_told(
+    mode: int, script: str, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "bin").mkdir()
+    if mode:
+        (tmp_path / "bin" / "ffmpeg").write_text(script)
+        (tmp_path / "bin" / "ffmpeg").chmod(mode)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(99))
+    with pytest.raises(AudioError) as error:
+        list(Recording(tmp_path / "a.m4a", WHOLE))
+    assert str(error.value) == f"Format not recognised; {reason}"
+
+
+@LINUX
+def test_time_limit_of_ffmpeg_leaves_out_the_time_of_its_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "output").write_bytes(AU + SECOND)  # more than a pipe holds, so ffmpeg lives on
+    monkeypatch.setattr("prepare.FFMPEG_SECONDS", 1)
+    (tmp_path / "bin").mkdir()
+    cat = shutil.which("cat")
+    put_in_path(tmp_path / "bin", f"exec {cat} '{tmp_path}/output'", monkeypatch)
+    (tmp_path / "a.m4a").write_bytes(b"\0\0\0\x20ftypM4A " + bytes(99))
+    recording = Recording(tmp_path / "a.m4a", Config(sample_rate=16000, duration=0.5))
+    for _ in recording:
+        time.sleep(1)
+    assert (recording.seconds, recording.warning) == (1, "")
+
+
+APPLE_DOUBLE = struct.pack(">2I16x H 3I 3I", 0x00051607, 0x20000, 2, 9, 50, 32, 2, 82, 286)
+FORK = struct.pack(">4I", 256, 256, 0, 30).ljust(286, b"\0")
+
+
+def test_a_macs_file_beside_a_clip_does_not_matter(tmp_path: Path) -> None:
+    """Libsndfile takes ._a.mp3 for a part of a.mp3, and refuses both."""
+    whole = mp3(tmp_path / "a.mp3")
+    (tmp_path / "._a.mp3").write_bytes(APPLE_DOUBLE + bytes(32) + FORK)
+    assert heard(whole) == (pytest.approx(1, abs=0.1), "")
+
+
+@pytest.mark.parametrize("suffix", "au snd gsm vox raw sln g722 ul al sw ub aac mp3".split())
+@pytest.mark.parametrize("content", [b"<!doctype html><title>404</title>\n" * 300, b"a,b\nc,d\n" * 40])
+def test_suffix_makes_no_audio_of_text(suffix: str, content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / f"page.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(AudioError, match="Format not recognised"):
+        list(Recording(path, WHOLE))
+
+
+def mp3(path: Path, *options: str, seconds: float = 1.0) -> Path:
+    """Noise that grows louder; without options as libsndfile writes it, with a Xing header."""
+    n = round(seconds * 22050)
+    noise = np.linspace(0.01, 0.5, n) * np.random.default_rng(0).normal(0, 0.5, n)
+    soundfile.write(path if not options else path.with_suffix(".wav"), noise, 22050)
+    return ffmpeg(path.with_suffix(".wav"), path, *options) if options else path
+
+
+def ffmpeg(source: Path, target: Path, *options: str) -> Path:
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-y", "-i", source, *options, target]
+    subprocess.run(command, check=True)
+    return target
+
+
+def heard(path: Path) -> tuple[float, str]:
+    """Seconds of audio, and the warning."""
+    recording = Recording(path, Config())
+    for _ in recording:
+        pass
+    return recording.seconds, recording.warning
+
+
+NEEDS_FFMPEG = pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+KINDS = {  # what libsndfile refuses, and how ffmpeg makes it
+    "m4a.mp3": "-c:a aac -f ipod",
+    "webm.wav": "-c:a libopus -f webm",
+    "ac3.wav": "-c:a ac3",
+    "wma.wav": "-c:a wmav2",
+    "alac.caf": "-c:a alac",
+    "f.oga": "-c:a flac",
+    "double.wav": "-c:a pcm_s64le",
+    "film.avi": "-c:a mp3",
+}
+
+
+@NEEDS_FFMPEG
+@pytest.mark.parametrize("name", KINDS)
+def test_what_libsndfile_refuses_is_decoded_by_ffmpeg(name: str, tmp_path: Path) -> None:
+    clip = ffmpeg(write(tmp_path / "a.wav", seconds=1, rate=22050), tmp_path / name, *KINDS[name].split())
+    assert heard(clip) == (pytest.approx(1, abs=0.1), "")
+
+
+def riff(samples: bytes, *, length: int, rate: int = 22050, after: bytes = b"") -> bytes:
+    """A wav of 16 bits whose header tells of `length` bytes."""
+    chunk = b"fmt " + struct.pack("<IHHIIHH", 16, 1, 1, rate, 2 * rate, 2, 16)
+    body = b"WAVE" + chunk + b"data" + struct.pack("<I", length % 2**32) + samples + after
+    return b"RIFF" + struct.pack("<I", (36 + length + len(after)) % 2**32) + body
+
+
+ONE = (3000 * np.random.default_rng(0).normal(size=22050)).astype("<i2").tobytes()  # a second
+
+
+def ogg(folder: Path) -> bytes:
+    return write(folder / "part.ogg", seconds=1, rate=22050).read_bytes()
+
+
+LONGER: dict[str, Callable[[Path], bytes]] = {  # than what libsndfile reads: two seconds
+    "joined.ogg": lambda folder: 2 * ogg(folder),
+    "joined.mp3": lambda folder: 2 * mp3(folder / "part.mp3").read_bytes(),
+    "joined.wav": lambda _: 2 * riff(ONE, length=44100),
+    "killed.wav": lambda _: riff(ONE + ONE, length=0),
+    "stale.wav": lambda _: riff(ONE + ONE, length=44100),
+    "killed.au": lambda _: struct.pack(">4s5I", b".snd", 24, 0, 3, 22050, 1) + ONE + ONE,
+}
+
+
+@NEEDS_FFMPEG
+@pytest.mark.parametrize("name", LONGER)
+def test_what_follows_the_end_is_heard(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(LONGER[name](tmp_path))
+    assert heard(tmp_path / name) == (pytest.approx(2, abs=0.15), "")
+
+
+@pytest.mark.parametrize("name", LONGER)
+def test_what_follows_the_end_is_told_without_ffmpeg(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = LONGER[name](tmp_path)
+    (tmp_path / name).write_bytes(content)
+    monkeypatch.setenv("PATH", "")
+    try:
+        seconds, reason = heard(tmp_path / name)
+        assert seconds == pytest.approx(1, abs=0.1)
+        assert reason.startswith("unreadable after ")
+        n_bytes = int(re.findall(r"([\d,]+) of", reason)[0].replace(",", ""))
+        assert len(content) / 3 < n_bytes < len(content) * 0.6  # a decoder reads some way ahead
+    except AudioError as error:
+        reason = str(error)
+        assert name in {"joined.wav", "killed.wav", "killed.au"}
+    assert "install ffmpeg" in reason
+
+
+@NEEDS_FFMPEG
+def test_wav_above_4_gib_is_heard_to_its_end(tmp_path: Path) -> None:
+    with (tmp_path / "a.wav").open("wb") as file:
+        file.write(riff(b"", length=2**32 + len(ONE)) + 5 * ONE)
+        file.truncate(44 + 2**32 + len(ONE))  # a hole in the disk
+    windows = list(itertools.islice(Recording(tmp_path / "a.wav", Config()), 2))  # the header tells of 1 s
+    assert [window.std() > 0.05 for window in windows] == [True, True]
+
+
+@pytest.mark.parametrize("after", [b"LIST", b"id3 ", b"_PMX"])
+def test_chunk_after_the_samples_is_no_audio(
+    after: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunk = after + struct.pack("<I", 30_000) + bytes(30_000)
+    (tmp_path / "a.wav").write_bytes(riff(ONE, length=44100, after=chunk))
+    monkeypatch.setenv("PATH", "")
+    assert heard(tmp_path / "a.wav") == (1, "")
+
+
+def id3(kind: bytes, content: bytes) -> bytes:
+    """A tag of one frame."""
+    size = 10 + len(content)
+    head = b"ID3\3\0\0" + bytes([size >> 21 & 127, size >> 14 & 127, size >> 7 & 127, size & 127])
+    return head + kind + struct.pack(">IH", len(content), 0) + content
+
+
+@NEEDS_FFMPEG
+def test_guess_at_the_length_is_no_promise(tmp_path: Path) -> None:
+    bare = ("-write_xing", "0", "-id3v2_version", "0")
+    plain = mp3(tmp_path / "plain.mp3", "-b:a", "64k", *bare).read_bytes()
+    (tmp_path / "cover.mp3").write_bytes(id3(b"APIC", b"\0image/png\0\3\0" + bytes(99_999)) + plain)
+    assert heard(tmp_path / "cover.mp3") == (pytest.approx(1, abs=0.1), "")
+    variable = mp3(tmp_path / "variable.mp3", "-q:a", "6", *bare)
+    assert heard(variable) == (pytest.approx(1, abs=0.1), "")
+    # The first frame is as large as they come: libsndfile counts on few, and stops after these.
+    large = mp3(tmp_path / "large.mp3", "-b:a", "160k", *bare).read_bytes()
+    small = mp3(tmp_path / "small.mp3", "-b:a", "16k", *bare, seconds=4).read_bytes()
+    (tmp_path / "early.mp3").write_bytes(large + small)
+    assert heard(tmp_path / "early.mp3") == (pytest.approx(5, abs=0.2), "")
+    cut(mp3(tmp_path / "cut.mp3"), 0.5)  # this one has a header that counts
+    assert "truncated" in heard(tmp_path / "cut.mp3")[1]
 
 
 def test_steps_of_windows_overlap() -> None:
@@ -740,6 +950,34 @@ def test_features_equal_those_of_librosa(cfg: Config) -> None:
         features = ours(torch.from_numpy(wave)[None])[0].numpy()
         assert features.shape == (cfg.n_features, cfg.n_frames)
         np.testing.assert_allclose(features, reference(wave, cfg), rtol=0, atol=2e-3, err_msg=name)
+
+
+def test_frame_of_odd_length_gives_as_many_frames() -> None:
+    cfg = replace(TINY, n_fft=511)  # n_samples is a multiple of hop_length
+    wave = np.random.default_rng(0).normal(0, 0.1, cfg.n_samples).astype(np.float32)
+    features = make_mfcc(cfg)(torch.from_numpy(wave)[None])[0].numpy()
+    assert features.shape == (cfg.n_features, cfg.n_frames)
+    assert cfg.n_samples % cfg.hop_length == 0
+    expected = reference(wave, cfg)[: cfg.n_mfcc]
+    np.testing.assert_allclose(features[: cfg.n_mfcc, : expected.shape[1]], expected, rtol=0, atol=2e-3)
+
+
+def run_code(code: str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False)
+
+
+def test_no_home_is_needed_for_librosas_cache(tmp_path: Path) -> None:
+    code = f"""
+import prepare
+from config import Config
+prepare.mfcc_constants(Config(cache_dir={str(tmp_path / "cache")!r}))
+from librosa.util import utils
+print(getattr(utils, "__shear_dense").stats.cache_path)
+"""
+    env = {name: value for name, value in os.environ.items() if name != "NUMBA_CACHE_DIR"}
+    where = run_code(code, env)
+    assert where.stdout.startswith(str(tmp_path / "cache")), where.stderr
 
 
 def test_features_do_not_depend_on_the_batch(rng: np.random.Generator) -> None:
@@ -807,6 +1045,75 @@ def test_workers_end_with_their_parent() -> None:
     assert reader.poll(30)  # closed when the last who holds its other end is gone
     with pytest.raises(EOFError):
         reader.recv()
+
+
+def test_error_in_a_worker_arrives_with_its_traceback() -> None:
+    with pytest.raises(ValueError, match="invalid literal for int") as error:
+        list(map_files(to_numbers, ["1", "x"], TWO))
+    assert "in to_numbers" in error.value.__notes__[0]
+
+
+def refuse(*_: object, **__: object) -> None:
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+
+def test_no_processes_are_done_without(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(multiprocessing.process.BaseProcess, "start", refuse)
+    assert list(map_files(to_numbers, HUNDRED, TWO)) == list(range(100))
+    assert "2 of 2 processes that read clips cannot be started: [Errno 11]" in capsys.readouterr().err
+
+
+def test_no_semaphores_are_needed(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr("_multiprocessing.SemLock", refuse)
+    assert list(map_files(to_numbers, HUNDRED, TWO)) == list(range(100))
+    assert capsys.readouterr().err == ""
+
+
+def extract_all(paths: Sequence[str]) -> list[float]:
+    return [extract(Path(path), make_mfcc(TINY), TINY).seconds for path in paths]
+
+
+def open_in_vain(descriptor: int) -> None:
+    with pytest.raises(soundfile.SoundFileError):
+        prepare._SoundFile(descriptor)
+
+
+@LINUX
+def test_clip_that_another_thread_opens_does_not_lock_the_workers(tmp_path: Path) -> None:
+    reader, writer = os.pipe()  # opening it waits for what comes
+    thread = threading.Thread(target=open_in_vain, args=(reader,))
+    thread.start()
+    wait_until(soundfile.SoundFile._sf_error_lock.locked)
+    timer = threading.Timer(1, os.close, [writer])
+    timer.start()
+    paths = [str(write(tmp_path / f"{number}.wav", seconds=0.4)) for number in range(4)]
+    with multiprocessing.pool.ThreadPool(1) as pool:
+        results = pool.apply_async(lambda: list(map_files(extract_all, paths, TWO)))
+        assert results.get(timeout=30) == [0.4] * 4
+    for other in (thread, timer):
+        other.join()
+    os.close(reader)
+
+
+@LINUX
+def test_features_can_be_had_after_a_fork() -> None:
+    """The threads of OpenMP do not come along."""
+    code = """
+import os, signal, torch
+from config import Config
+from prepare import MFCC, mfcc_constants
+torch.set_num_threads(2)
+constants = mfcc_constants(Config())
+MFCC(constants, 512)(torch.zeros(1, 66150))
+if (child := os.fork()) == 0:
+    signal.alarm(20)
+    MFCC(constants, 512)(torch.zeros(1, 66150))
+    os._exit(0)
+print(os.waitpid(child, 0)[1])
+"""
+    env = {**os.environ, "OMP_NUM_THREADS": "2"}
+    answer = run_code(code, env)
+    assert answer.stdout == "0\n", answer.stderr
 
 
 # ---- cache -----------------------------------------------------------------------------------------------
@@ -884,6 +1191,78 @@ def test_cache_is_named_by_what_shapes_the_features(tmp_path: Path) -> None:
     shaping = [{"sample_rate": 9000}, {"duration": 0.401}, {"max_windows": 3}, {"n_fft": 400}, {"n_mels": 21}]
     assert len({name(), *(name(**changes) for changes in shaping)}) == 6
     assert name(epochs=9, batch_size=9, seed=9, num_workers=1) == name()
+
+
+def test_cache_of_a_bundled_model_is_that_of_the_same_features(tmp_path: Path) -> None:
+    """The last bits of the constants differ between machines, and a checkpoint's mel filters are sparse."""
+    cfg = tiny_config(tmp_path)
+
+    def name(**changes: torch.Tensor) -> Path:
+        return FeatureCache(cfg, MFCC({**prepare.mfcc_constants(cfg), **changes}, cfg.hop_length)).path
+
+    constants = prepare.mfcc_constants(cfg)
+    noise = 1e-9 * torch.randn(constants["deltas"].shape, generator=torch.Generator().manual_seed(0))
+    assert name(deltas=constants["deltas"] + noise, mel=constants["mel"].to_sparse()) == name()
+    assert name(window=torch.hamming_window(cfg.n_fft)) != name()
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOLCK, "No locks available"),
+        Timeout("what some versions say of such drives"),
+        NotImplementedError(),
+        PermissionError(errno.EACCES, "Permission denied"),
+    ],
+    ids=repr,
+)
+def test_cache_that_cannot_be_locked_is_told(
+    error: Exception, *, is_new: bool, tmp_path: Path, mfcc: MFCC, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, clips = tiny_config(tmp_path), write_clips(tmp_path / "clips", 2)
+    if not is_new:
+        load_features(clips[:1], cfg, mfcc)
+
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(prepare.FileLock, "acquire", fail)
+    reason = "drive cannot lock.*: .*choose a"
+    if isinstance(error, PermissionError) and not is_new:  # the file is another user's
+        reason = "you may not write there: choose another"
+    with pytest.raises(UserError, match=f"^cache {cfg.cache_dir}.*: .*{reason}.* --cache_dir"):
+        load_features(clips, cfg, mfcc)
+
+
+def test_run_says_what_it_waits_for(tmp_path: Path, mfcc: MFCC, capsys: Capture) -> None:
+    cfg, clips = tiny_config(tmp_path), write_clips(tmp_path / "clips", 2)
+    cache = FeatureCache(cfg, mfcc)
+    with cache.lock():
+        thread = threading.Thread(target=load_features, args=(clips, cfg, mfcc))
+        thread.start()
+        said = ""
+
+        def has_said() -> bool:
+            nonlocal said
+            said += capsys.readouterr().err
+            return bool(said)
+
+        wait_until(has_said)
+        assert said == f"note: waiting for another run that fills the cache {cache.path}\n"
+        assert cache.lookup() == {}
+    thread.join(60)
+    assert len(cache.lookup()) == 2
+
+
+def test_time_of_a_file_may_be_far_off(tmp_path: Path, mfcc: MFCC) -> None:
+    cfg, clips = tiny_config(tmp_path), write_clips(tmp_path / "clips", 2)
+    os.utime(clips.path[0], ns=(0, 2**63 + 10**9))  # in the year 2262
+    os.utime(clips.path[1], ns=(0, -(10**18)))
+    if Path(clips.path[0]).stat().st_mtime_ns < 2**63:
+        pytest.skip("no such times on this drive")
+    for _ in range(2):
+        assert len(load_features(clips, cfg, mfcc)[0]) == 2
 
 
 def fill(clips: pd.DataFrame, cfg: Config, mfcc: MFCC, limit: int) -> None:
@@ -1041,7 +1420,7 @@ def test_script_prints_the_table_and_names_odd_files(tmp_path: Path) -> None:
         f"skipped {sad}/a.wav: not a regular file",
         f"skipped {sad}/b.wav: not a regular file",
         f"skipped {sad}/e.WMA: not a regular file",
-        f"skipped {sad}/f.wav: unknown format: install ffmpeg, or convert it: ffmpeg -i f.wav f_.wav",
+        f"skipped {sad}/f.wav: Format not recognised; install ffmpeg, or convert it: ffmpeg -i f.wav f_.wav",
     ]
     assert lines[6].startswith(f"warning: {sad}/g.mp3: truncated: 0.")
     assert lines[7:] == [rf"warning: {sad}/h\udcff\n.wav: silent"]
