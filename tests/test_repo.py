@@ -88,6 +88,17 @@ def test_gate_runs_the_commands_of_the_readme(mark: str) -> None:
     assert f"\n{blocks[0]}\n" in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
 
 
+def test_links_of_the_readme_lead_somewhere() -> None:
+    """To a file of the repository, or to a heading of the page."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    headings = {
+        f"#{name.lower().replace(' ', '-')}" for name in re.findall(r"^#+ (.*)$", readme, re.MULTILINE)
+    }
+    links = {link for link in re.findall(r"\]\(([^)]+)\)", readme) if not link.startswith("https://")}
+    assert "assets/network.svg" in links
+    assert {link for link in links if not (ROOT / link).is_file()} <= headings
+
+
 def test_no_path_of_one_machine_is_tracked() -> None:
     """It would work there only."""
     place = re.compile(r"(?<![\w.:/-])(/" + "(home|Users|root|work)" + r"|[A-Z]:\\Users)[/\\]\w")
