@@ -186,7 +186,6 @@ RUNTIME_FIELDS = frozenset(
     "data_dir test_dir cache_dir run_dir checkpoint submission manifest batch_size device num_workers".split()
 )
 AUDIO_FIELDS = frozenset("sample_rate duration n_mfcc n_fft hop_length n_mels".split())
-RUN_PLACES = frozenset({"run_dir", "checkpoint"})
 # What shapes features and network: inference takes it from the checkpoint, whatever config.py says.
 MODEL_FIELDS = AUDIO_FIELDS | frozenset(
     "ensemble recordings cmn conv_channels conv_blocks conv_kernel gru_hidden gru_layers".split()
@@ -274,8 +273,7 @@ def parse(
     if getattr(known, "config", ""):
         values = _read_settings(Path(known.config), parser) | values
     elif getattr(known, "resume", False):  # a run goes on as it began, where it lies now
-        begun = _read_settings(Path(values.get("run_dir", Config.run_dir), "run.json"), parser)
-        values = {name: value for name, value in begun.items() if name not in RUN_PLACES} | values
+        values = _read_settings(Path(values.get("run_dir", Config.run_dir), "run.json"), parser) | values
     if known.demo:
         if fixed := sorted(DEMO.keys() & values.keys()):
             parser.error(f"--demo has its own folders: leave out --{fixed[0]}")
@@ -290,10 +288,11 @@ def parse(
 
 
 def _read_settings(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The settings in the run.json of a run; none where there is no such file."""
+    """The settings in the run.json of a run, but where it lies; none where there is no such file."""
     try:
         content = json.loads(path.read_text()) if path.exists() else {}
-        return {name: content[name] for name in Config.__dataclass_fields__ if name in content}
+        names = Config.__dataclass_fields__.keys() - {"run_dir", "checkpoint"}
+        return {name: content[name] for name in names if name in content}
     except (OSError, ValueError, TypeError) as error:
         parser.error(f"{path} holds no settings: {error}")
 

@@ -258,14 +258,16 @@ class Recognizer:
             torch.tensor(owner, device=self.device),
             torch.stack(shifts).to(self.device) if shifts else None,
         )
-        if bool((model.distance(torch.cat(features)) > 1).all()):
+        if bool((self.model.distance(torch.cat(features)) > 1).all()):
             raise UserError("the recordings to adapt to do not sound like speech (distance above 1)")
         if len(features) < 8 or seconds < 20:
-            note(f"note: {len(features)} recordings, {seconds:.0f} s: from 8 recordings and 20 s on it pays")
+            note(
+                f"note: recordings to adapt to: {len(features)}, {seconds:.0f} s: from 8 and 20 s on it pays"
+            )
         if variety < MIN_VARIETY and not emotions:
             note("note: the recordings to adapt to sound like one emotion: it helps little")
         adapted = copy.copy(self)
-        adapted.model, adapted.name = model, f"{self.name}, adapted to {len(features)} recordings"
+        adapted.model, adapted.name = model, f"{self.name}, adapted to recordings: {len(features)}"
         members = [dict(network.state_dict()) for network in model.members]
         distance = dict(model.distance.state_dict())
         adapted.checkpoint = replace(self.checkpoint, members=members, distance=distance)
@@ -823,12 +825,14 @@ def main(cfg: Config, flags: Namespace) -> int:
         if flags.demo or hasattr(flags, "checkpoint"):
             models = cfg.checkpoint.split(",")
         recognizer = Recognizer(*models, device=cfg.device, num_workers=cfg.num_workers)
-        is_bundled = Path(models[0]) in PRETRAINED.values()
-        if not is_bundled and any(getattr(recognizer.cfg, n) != getattr(cfg, n) for n in MODEL_FIELDS):
-            note("note: settings are those of the model, not of config.py")
         if flags.adapt:
             recognizer = adapt_to_files(recognizer, expand_paths(flags.adapt.split(",")))
         note(f"model: {recognizer.name}")
+        own, fields = recognizer.cfg, MODEL_FIELDS - {"ensemble"}
+        if Path(models[0]) not in PRETRAINED.values() and any(
+            getattr(own, name) != getattr(cfg, name) for name in fields
+        ):
+            note("note: settings are those of the model, not of config.py")
         if flags.export:
             return export(recognizer, Path(flags.export))
         if not flags.paths:

@@ -424,7 +424,7 @@ class EmotionEnsemble(nn.Module):
 
         A network counts the more the better it knows the voice, up to twice.
         """
-        weights = torch.stack([1 + member.voice_weight * member.cmn.amax() for member in self.members])
+        weights = torch.stack([1 + member.voice_weight * member.cmn.max() for member in self.members])
         probabilities = torch.stack([member(features).softmax(dim=1) for member in self.members])  # (M, B, C)
         probabilities = (probabilities * (weights / weights.sum())[:, None, None]).sum(dim=0)
         return Outputs(probabilities, self.distance(features))

@@ -481,7 +481,7 @@ def test_recognizer_adapts_to_a_voice(clips: Path, trained: Trained, capsys: Cap
     plain = Recognizer(trained.cfg.checkpoint, device="cpu")
     before = plain.predict(recordings[0])
     adapted = plain.adapt(recordings)
-    assert "5 recordings, 2 s: from 8 recordings and 20 s on it pays" in capsys.readouterr().err
+    assert "recordings to adapt to: 5, 2 s: from 8 and 20 s on it pays" in capsys.readouterr().err
     assert plain.predict(recordings[0]) == before
     assert adapted.predict(recordings[0]) != before
     arrays = plain.adapt([soundfile.read(path, dtype="float32")[0] for path in recordings], RATE)
@@ -498,7 +498,7 @@ def test_recognizer_adapts_to_a_voice(clips: Path, trained: Trained, capsys: Cap
     assert Recognizer("me.pth", device="cpu").predict(recordings[0]) == adapted.predict(recordings[0])
     assert label(recordings[0], adapt=names, checkpoint=trained.cfg.checkpoint) == 0
     output = capsys.readouterr()
-    assert "adapted to 5 recordings" in output.err
+    assert "adapted to recordings: 5" in output.err
     assert f",{round(adapted.predict(recordings[0]).confidence, 4)}," in output.out
 
 
