@@ -759,7 +759,8 @@ def _start_ffmpeg(
     whole = f"file:{name.absolute()}" if sys.platform == "win32" else "file:/dev/stdin"
     inputs = ["file", "-i", whole] if not to_end else "pipe -ignore_length 1 -f wav -i pipe:0".split()
     command = ["ffmpeg", "-v", "error", "-protocol_whitelist", *inputs, "-map", "0:a:0", *outputs]
-    command += "-c:a pcm_f32be -f au pipe:1".split()
+    # The limit, of processor time, is for one that is left alone since its reader was killed.
+    command += "-c:a pcm_f32be -timelimit 1800 -f au pipe:1".split()
     file.seek(0)
     try:  # in a process group of its own, or Ctrl-C would end it before we know of it
         return subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=messages, process_group=0)
