@@ -133,11 +133,11 @@ class Prediction(NamedTuple):
 
 
 def default_model(cfg: Config, paths: Sequence[Path] = ()) -> Path:
-    """The model for some files, where none is named: cfg.checkpoint where there is one, else a bundled one.
+    """The model for some files, where none is named: best_emotion_model.pth, else a bundled one.
 
     The clips of a competition's test folder are recorded as its training clips are, others in any way.
     """
-    own, test = Path(cfg.checkpoint), cfg.test_root.resolve()
+    own, test = Path(Config.checkpoint), cfg.test_root.resolve()
     if own.exists():
         return own
     is_test = bool(paths) and all(path.resolve().is_relative_to(test) for path in paths)

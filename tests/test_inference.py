@@ -628,6 +628,9 @@ def test_test_folder_is_labelled_by_the_bundled_model_for_it(clips: Path, capsys
 def test_model_of_the_current_folder_is_not_taken_without_a_word(capsys: Capture) -> None:
     Recognizer(device="cpu")
     assert capsys.readouterr().err.startswith("model: best_emotion_model.pth, 2 networks trained on ")
+    assert inference.default_model(Config(run_dir="a", checkpoint="a/best_emotion_model.pth")) == Path(
+        "best_emotion_model.pth"
+    )  # --run_dir says where a timeline goes
     Recognizer("best_emotion_model.pth", device="cpu")
     Path("best_emotion_model.pth").unlink()
     Recognizer(device="cpu")
