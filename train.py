@@ -711,10 +711,13 @@ def make_plan(cfg: Config, inputs: Inputs) -> Plan:
         return Plan(precision, cfg.ensemble, cfg.epochs)
     n_steps = max(cfg.min_steps, inputs.parts[min(inputs.parts)].count("train") // cfg.batch_size)
     epoch_seconds = 1.4 * n_steps * seconds[precision]  # with augmentation, validation and saving
-    n_workers = world_size() * len(own_devices(cfg))
-    n_epochs = n_workers * (inputs.deadline - time.time()) / epoch_seconds / len(inputs.folds)
-    n_networks = max(1, min(cfg.ensemble, int(n_epochs / MIN_EPOCHS)))
-    epochs = min(cfg.epochs, int(n_epochs / n_networks))
+    n_workers, n_epochs = (
+        world_size() * len(own_devices(cfg)),
+        (inputs.deadline - time.time()) / epoch_seconds,
+    )
+    n_jobs = max(1, int(n_epochs / MIN_EPOCHS)) * n_workers  # a worker trains one after the other
+    n_networks = min(cfg.ensemble, max(1, n_jobs // len(inputs.folds)))
+    epochs = min(cfg.epochs, int(n_epochs / math.ceil(n_networks * len(inputs.folds) / n_workers)))
     if epochs < 1:
         raise UserError(f"max_minutes = {cfg.max_minutes}: an epoch takes {epoch_seconds:.0f} s: raise it")
     note(f"note: max_minutes = {cfg.max_minutes}: {n_networks} of {cfg.ensemble} networks, {epochs} epochs")

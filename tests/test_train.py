@@ -174,6 +174,27 @@ def test_shifts_are_what_emotions_add_to_the_mean_of_a_speaker(tiny_cfg: Config)
     np.testing.assert_allclose(shifts[:, :, 0].mean(dim=1), [1, 0, -1], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("minutes", "n_networks", "epochs"), [(100, 8, 40), (11, 8, 29), (6, 4, 32), (3, 2, 32), (1, 2, 10)]
+)
+def test_plan_fits_the_time_there_is(
+    minutes: float, n_networks: int, epochs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers, epochs of 5.6 s: fewer networks first, as long as each has 24 epochs."""
+    monkeypatch.setattr(train, "time_steps", lambda *_: {"float32": 0.04})
+    monkeypatch.setattr(train, "own_devices", lambda _: ["cpu", "cpu"])
+    cfg = Config(max_minutes=minutes)
+    parts = {train.Job(0, member): ["train"] * 6400 for member in range(1, 9)}
+    clips = pd.DataFrame({"emotion": ["Angry", "Sad"]})
+    inputs = train.Inputs(clips, parts, None, None, None, time.time() + 60 * minutes)  # type: ignore[arg-type]
+    plan = train.make_plan(cfg, inputs)
+    assert (plan.precision, plan.n_networks, plan.epochs) == ("float32", n_networks, epochs)
+    rounds = n_networks / 2
+    assert rounds * plan.epochs * 5.6 <= 60 * minutes
+    with pytest.raises(UserError, match=r"max_minutes = 0\.05: an epoch takes 6 s"):
+        train.make_plan(replace(cfg, max_minutes=0.05), inputs._replace(deadline=time.time() + 3))
+
+
 # ---- one network -----------------------------------------------------------------------------------------
 
 Toy = tuple[Config, pd.DataFrame, MFCC]
