@@ -452,21 +452,23 @@ class Recording:
     def _windows(self, source: Source) -> Iterator[FloatArray]:
         size, rate = self.cfg.n_samples, self.cfg.sample_rate
         step = min(size, max(1, round(self.step * rate))) if self.step else size
-        window = rest = np.empty(0, np.float32)  # the latest full one, and the samples from the next one on
+        window = np.empty(0, np.float32)  # the latest full one
+        pieces = [window]  # samples from the next one on
         n_read = n_used = 0
         for block in self._blocks(source):
-            rest = np.concatenate([rest, block])
+            pieces.append(block)
             n_read += len(block)
-            while len(rest) >= size:
-                window, rest = rest[:size], rest[step:]
-                n_used = n_read - len(rest) + size - step
+            while n_read - n_used + (size - step) * (n_used > 0) >= size:
+                rest = np.concatenate(pieces)
+                window, pieces = rest[:size], [rest[step:]]
+                n_used += step if n_used else size
                 self.seconds = n_used / rate
                 yield window
         if n_read == 0:
             raise AudioError("holds no samples")
         if n_used == 0 or n_read - n_used >= MIN_REMAINDER * rate:
             self.seconds = n_read / rate
-            last = np.concatenate([window[:step], rest])[-size:]
+            last = np.concatenate([window[:step], *pieces])[-size:]
             yield np.pad(last, (0, size - len(last)))
 
     def _blocks(self, source: Source) -> Iterator[FloatArray]:
@@ -715,7 +717,8 @@ class MFCC(nn.Module):
     def __init__(self, constants: Mapping[str, Tensor], hop_length: int) -> None:
         super().__init__()
         self.window = nn.Buffer(constants["window"].float())
-        self.mel = nn.Buffer(constants["mel"].to_dense().float())  # sparse in a checkpoint
+        # Sparse in a checkpoint; here each filter lies in one piece, for fast products.
+        self.mel = nn.Buffer(constants["mel"].to_dense().float().T.contiguous().T)
         self.dct = nn.Buffer(constants["dct"].float())
         self.deltas = nn.Buffer(constants["deltas"].float())
         self.hop_length = hop_length

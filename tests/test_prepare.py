@@ -915,13 +915,13 @@ def open_in_vain(descriptor: int) -> None:
 
 @LINUX
 def test_clip_that_another_thread_opens_does_not_lock_the_workers(tmp_path: Path) -> None:
+    paths = [str(write(tmp_path / f"{number}.wav", seconds=0.4)) for number in range(4)]
     reader, writer = os.pipe()  # opening it waits for what comes
     thread = threading.Thread(target=open_in_vain, args=(reader,))
     thread.start()
     wait_until(soundfile.SoundFile._sf_error_lock.locked)
     timer = threading.Timer(1, os.close, [writer])
     timer.start()
-    paths = [str(write(tmp_path / f"{number}.wav", seconds=0.4)) for number in range(4)]
     with multiprocessing.pool.ThreadPool(1) as pool:
         results = pool.apply_async(lambda: list(map_files(extract_all, paths, TWO)))
         assert results.get(timeout=30) == [0.4] * 4
