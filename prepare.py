@@ -37,6 +37,7 @@ import unicodedata
 import warnings
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple, TypeAlias
@@ -543,21 +544,23 @@ class Recording:
     def _windows(self, source: Source) -> Iterator[FloatArray]:
         size, rate = self.cfg.n_samples, self.cfg.sample_rate
         step = min(size, max(1, round(self.step * rate))) if self.step else size
-        window = rest = np.empty(0, np.float32)  # the latest full one, and the samples from the next one on
+        window = np.empty(0, np.float32)  # the latest full one
+        pieces = [window]  # samples from the next one on
         n_read = n_used = 0
         for block in self._blocks(source):
-            rest = np.concatenate([rest, block])
+            pieces.append(block)
             n_read += len(block)
-            while len(rest) >= size:
-                window, rest = rest[:size], rest[step:]
-                n_used = n_read - len(rest) + size - step
+            while n_read - n_used + (size - step) * (n_used > 0) >= size:
+                rest = np.concatenate(pieces)
+                window, pieces = rest[:size], [rest[step:]]
+                n_used += step if n_used else size
                 self.seconds = n_used / rate
                 yield window
         if n_read == 0:
             raise AudioError("holds no samples")
         if n_used == 0 or n_read - n_used >= MIN_REMAINDER * rate:
             self.seconds = n_read / rate
-            last = np.concatenate([window[:step], rest])[-size:]
+            last = np.concatenate([window[:step], *pieces])[-size:]
             yield np.pad(last, (0, size - len(last)))
 
     def _blocks(self, source: Source) -> Iterator[FloatArray]:
@@ -693,7 +696,7 @@ def _all_of(sound: _SoundFile, file: io.FileIO) -> Iterator[npt.NDArray[Any]]:
     following = file.read(5)
     if not following or _TAG.match(following) or (n_read and (size - here) * n_read / here < least):
         return
-    n_before, n_more = n_read, 0
+    n_before, n_more, problem = n_read, 0, ""
     like = ["-ar", str(sound.samplerate), "-ac", str(sound.channels)]
     to_end = sound.format.startswith("WAV") and b"RIFF" not in following
     try:
@@ -703,11 +706,11 @@ def _all_of(sound: _SoundFile, file: io.FileIO) -> Iterator[npt.NDArray[Any]]:
                 n_before -= len(samples) - len(more)
                 n_more += len(more)
                 yield more
-        reason = "ffmpeg finds nothing in them" if n_more < least else ""
     except AudioError as error:
-        reason = str(error)
-    if reason:
-        raise AudioError(f"{size - here:,} of {size:,} bytes follow; {reason}")
+        problem = str(error)
+    if problem or n_more < least:
+        problem = problem or "ffmpeg finds no audio in them"
+        raise AudioError(f"{size - here:,} of {size:,} bytes follow; {problem}")
 
 
 @contextlib.contextmanager
@@ -716,44 +719,6 @@ def _open_ffmpeg(file: io.FileIO, outputs: Sequence[str] = (), *, to_end: bool =
 
     With `to_end` it is a wav whose length is not believed.
     """
-    with (
-        tempfile.TemporaryFile() as messages,
-        _start_ffmpeg(file, outputs, messages, to_end=to_end) as process,
-    ):
-
-        def fault() -> AudioError:
-            process.kill()
-            messages.seek(0)
-            line = re.sub(r"^\[.*?\] |^file:/dev/stdin: ", "", messages.readline().decode(errors="replace"))
-            code = process.wait()
-            return AudioError(f"ffmpeg: {line.strip() or 'no audio'}" + f" (exit code {code})" * (code > 0))
-
-        def blocks(sound: _SoundFile) -> Iterator[npt.NDArray[Any]]:
-            decoded = sound.blocks()
-            while True:
-                with _deadline(process):
-                    if (samples := next(decoded, None)) is None and process.wait():
-                        raise fault()
-                if samples is None:
-                    return
-                yield samples
-
-        try:
-            assert process.stdout is not None
-            try:
-                with _deadline(process):
-                    opened = _SoundFile(process.stdout.fileno())
-            except soundfile.SoundFileError:
-                raise fault() from None
-            with opened as sound:
-                yield Source(sound.samplerate, 0, blocks(sound))
-        finally:
-            process.kill()
-
-
-def _start_ffmpeg(
-    file: io.FileIO, outputs: Sequence[str], messages: IO[bytes], *, to_end: bool
-) -> "subprocess.Popen[bytes]":
     # Standard input has no suffix to go by. Local files alone: a playlist must not make it fetch others.
     name = Path(os.fsdecode(file.name))
     whole = f"file:{name.absolute()}" if sys.platform == "win32" else "file:/dev/stdin"
@@ -762,36 +727,45 @@ def _start_ffmpeg(
     # The limit, of processor time, is for one that is left alone since its reader was killed.
     command += "-c:a pcm_f32be -timelimit 1800 -f au pipe:1".split()
     file.seek(0)
-    try:  # in a process group of its own, or Ctrl-C would end it before we know of it
-        return subprocess.Popen(command, stdin=file, stdout=subprocess.PIPE, stderr=messages, process_group=0)
-    except FileNotFoundError:
-        convert = f"ffmpeg -i {name.name} {name.stem}_.wav"
-        raise AudioError(f"install ffmpeg, or convert it: {convert}") from None
-    except OSError as error:
-        raise AudioError(f"ffmpeg cannot be started: {error.strerror}") from None
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(tempfile.TemporaryFile())
+        try:  # in a process group of its own, or Ctrl-C would end it before we know of it
+            process: Any = subprocess.Popen(command, stdin=file, stdout=-1, stderr=log, process_group=0)
+        except FileNotFoundError:
+            convert = f"ffmpeg -i {name.name} {name.stem}_.wav"
+            raise AudioError(f"install ffmpeg, or convert it: {convert}") from None
+        except OSError as error:
+            raise AudioError(f"ffmpeg cannot be started: {error.strerror}") from None
+        stack.enter_context(process)
+        stack.callback(process.kill)
 
+        def hurry(step: Callable[[], Any]) -> Any:  # noqa: ANN401 - what the step returns
+            timer = threading.Timer(FFMPEG_SECONDS, process.kill)
+            timer.start()
+            try:
+                return step()
+            finally:
+                timer.cancel()
 
-@contextlib.contextmanager
-def _deadline(process: "subprocess.Popen[bytes]") -> Iterator[None]:
-    """Kill a process that makes us wait too long; what we do between two waits does not count.
+        def fault() -> AudioError:
+            process.stdout.close()  # whatever it still writes ends it
+            code = hurry(process.wait)
+            log.seek(0)
+            line = re.sub(rb"^\[.*?\] |^file:/dev/stdin: ", b"", log.readline()).decode(errors="replace")
+            return AudioError(f"ffmpeg: {line.strip() or 'no audio'}" + f" (exit code {code})" * (code > 0))
 
-    Raises:
-        AudioError: It was killed.
-    """
-    late = threading.Event()
+        def blocks() -> Iterator[npt.NDArray[Any]]:
+            decoded = sound.blocks()
+            while (samples := hurry(partial(next, decoded, None))) is not None:
+                yield samples
+            if hurry(process.wait):
+                raise fault()
 
-    def give_up() -> None:
-        late.set()
-        process.kill()
-
-    timer = threading.Timer(FFMPEG_SECONDS, give_up)
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-        if late.is_set():
-            raise AudioError(f"ffmpeg gave nothing for {FFMPEG_SECONDS} s")
+        try:
+            sound = stack.enter_context(hurry(partial(_SoundFile, process.stdout.fileno())))
+        except soundfile.SoundFileError:
+            raise fault() from None
+        yield Source(sound.samplerate, 0, blocks())
 
 
 # ---- features --------------------------------------------------------------------------------------------
@@ -830,7 +804,8 @@ class MFCC(nn.Module):
     def __init__(self, constants: Mapping[str, Tensor], hop_length: int) -> None:
         super().__init__()
         self.window = nn.Buffer(constants["window"].float())
-        self.mel = nn.Buffer(constants["mel"].to_dense().float())  # sparse in a checkpoint
+        # Sparse in a checkpoint; here each filter lies in one piece, for fast products.
+        self.mel = nn.Buffer(constants["mel"].to_dense().float().T.contiguous().T)
         self.dct = nn.Buffer(constants["dct"].float())
         self.deltas = nn.Buffer(constants["deltas"].float())
         self.hop_length = hop_length
@@ -888,68 +863,50 @@ def map_files(work: Work, paths: Sequence[str], cfg: Config) -> Generator[Any, N
     chunks = [paths[start : start + size] for start in range(0, len(paths), size)]
     todo, done = deque(range(len(chunks))), dict[int, list[Any]]()
     workers = _start_workers(work, n_workers)
+    busy = dict[Any, int]()  # pipe -> number of the chunk
     try:
         for number in range(len(chunks)):
             while number not in done:
                 if not workers:
                     following = todo.popleft()
                     done[following] = work(chunks[following])
-                    continue
-                for worker in workers:  # each has a second one to go on with, and none runs far ahead
-                    while todo and len(worker.numbers) < 2 and todo[0] < number + 4 * n_workers:
-                        worker.give(todo.popleft(), chunks)
-                ready = multiprocessing.connection.wait([worker.pipe for worker in workers])
-                for worker in [worker for worker in workers if worker.pipe in ready]:
-                    finished = worker.numbers.popleft()
-                    if (answer := worker.receive()) is None:
+                for pipe in workers.keys() - busy.keys():
+                    if todo and todo[0] < number + 4 * n_workers:  # none runs far ahead
+                        busy[pipe] = todo.popleft()
+                        with contextlib.suppress(OSError):  # it may have crashed
+                            pipe.send(chunks[busy[pipe]])
+                ready: list[Any] = multiprocessing.connection.wait(list(busy), None if busy else 0)
+                for pipe in ready:
+                    finished = busy.pop(pipe)
+                    try:
+                        answer = pipe.recv()
+                    except (EOFError, OSError):
                         answer = [AudioError("this file, or one read with it, crashed the audio decoder")]
                         answer *= len(chunks[finished])
-                        todo.extendleft(reversed(worker.numbers))
-                        workers.remove(worker)
-                        workers += _start_workers(work, 1)
+                        workers.pop(pipe).join()
+                        workers |= _start_workers(work, 1)
+                    if isinstance(answer, Exception):
+                        raise answer
                     done[finished] = answer
             yield from done.pop(number)
     finally:
-        for worker in workers:
-            worker.process.kill()
-            worker.process.join()
+        for process in workers.values():
+            process.kill()
+            process.join()
 
 
-class _Worker:
-    """A process, and what it is to do."""
-
-    def __init__(self, work: Work) -> None:
-        # A forked worker starts at once; elsewhere than on Linux forking is not safe.
-        context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        self.pipe, theirs = context.Pipe()  # and no queue: that needs semaphores, which some machines lack
-        self.numbers = deque[int]()  # of its chunks, in order
-        self.process = context.Process(target=_serve, args=(theirs, work), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def give(self, number: int, chunks: Sequence[Sequence[str]]) -> None:
-        """Send a chunk."""
-        self.numbers.append(number)
-        with contextlib.suppress(OSError):  # if it crashed, receive will tell
-            self.pipe.send(chunks[number])
-
-    def receive(self) -> list[Any] | None:
-        """The results of the first chunk, or None where it crashed; what `work` raised is raised here."""
-        try:
-            answer: list[Any] | Exception = self.pipe.recv()
-        except (EOFError, OSError):
-            return None
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-
-def _start_workers(work: Work, count: int) -> list[_Worker]:
-    """As many as the system allows."""
-    workers: list[_Worker] = []
+def _start_workers(work: Work, count: int) -> dict[Any, Any]:
+    """Processes, as many as the system allows, by the pipes to them: no queues, which need semaphores."""
+    # A forked worker starts at once; elsewhere than on Linux forking is not safe.
+    context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    workers: dict[Any, Any] = {}
     try:
         for _ in range(count):
-            workers.append(_Worker(work))
+            pipe, other_end = context.Pipe()
+            process = context.Process(target=_serve, args=(other_end, work), daemon=True)
+            process.start()
+            other_end.close()
+            workers[pipe] = process
     except (OSError, AssertionError) as error:  # AssertionError: a daemon may have no children
         note(f"note: {count - len(workers)} of {count} processes that read clips cannot be started: {error}")
     return workers
@@ -1050,19 +1007,17 @@ class FeatureCache:
         self.shape = (cfg.n_features, cfg.n_frames)
         settings = [cfg.sample_rate, cfg.n_samples, cfg.max_windows, cfg.n_fft, cfg.hop_length, cfg.n_mels]
         # Rounded, since the last bits of a constant are other ones on another machine.
-        constants = [f"{constant.double().norm():.3g}" for constant in mfcc.state_dict().values()]
+        constants = [f"{constant.cpu().double().norm():.3g}" for constant in mfcc.state_dict().values()]
         libraries = [soxr.__version__, soundfile.__libsndfile_version__]
         key = hashlib.sha256(repr([FEATURES_VERSION, self.shape, settings, constants, libraries]).encode())
         self.path = Path(cfg.cache_dir, f"features-{key.hexdigest()[:16]}.sqlite")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            if not self.path.exists():
-                self.check_locks()
             self.database = sqlite3.connect(self.path, timeout=10)
             self.database.execute("PRAGMA page_size = 65536")  # a window of 62 kB fits one page
             self.database.executescript(_TABLES)
             self.database.execute("PRAGMA busy_timeout = 60000")  # ms: others hold it for a commit at a time
-        except (sqlite3.Error, OSError) as error:
+        except (sqlite3.Error, PermissionError) as error:
             raise self.fault(error) from None
 
     def fault(self, error: Exception) -> UserError:
@@ -1070,42 +1025,20 @@ class FeatureCache:
         remedy = "choose another --cache_dir, free disk space, or delete the file"
         if isinstance(error, PermissionError) or re.search("readonly|unable to open", str(error)):
             remedy = "you may not write there: choose another --cache_dir"
-        elif isinstance(error, OSError) or "locked" in str(error):
+        elif not isinstance(error, sqlite3.Error) or "locked" in str(error):
             remedy = "another run has it, or its drive cannot lock: wait, or choose another --cache_dir"
-        return UserError(f"cache {self.path}: {getattr(error, 'strerror', error)}: {remedy}", code=1)
+        reason = str(getattr(error, "strerror", error)) or "no locks"
+        return UserError(f"cache {self.path}: {reason}: {remedy}", code=1)
 
-    def check_locks(self) -> None:
-        """Refuse a folder on a drive that cannot lock: there, a lock on a new file of our own fails, too.
-
-        Raises:
-            UserError: It cannot.
-            OSError: Nothing can be written to it.
-        """
-        with tempfile.TemporaryDirectory(dir=self.path.parent) as scratch:
-            database = sqlite3.connect(Path(scratch, "sqlite"), timeout=0)
-            try:
-                database.execute("BEGIN EXCLUSIVE")
-                FileLock(Path(scratch, "lock")).acquire(timeout=0).__exit__(None, None, None)
-            except (sqlite3.Error, OSError, NotImplementedError):
-                where = f"cache {self.path.parent}: its drive cannot lock files, as some network drives"
-                raise UserError(f"{where}: choose a --cache_dir on another one") from None
-            finally:
-                database.close()
-
-    @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[Any]:
         """Be the one that fills it, after any other that does."""
         lock = FileLock(self.path.with_suffix(".lock"))
         try:
-            lock.acquire(timeout=0)
-        except (Timeout, NotImplementedError):
-            self.check_locks()
-            note(f"note: waiting for another run that fills the cache {self.path}")
-            lock.acquire()
-        try:
-            yield
-        finally:
-            lock.release()
+            return lock.acquire(timeout=0)
+        except Timeout:
+            remedy = "if there is none, its drive cannot lock: choose another --cache_dir"
+            note(f"note: waiting for another run that fills the cache {self.path}; {remedy}")
+            return lock.acquire()
 
     def lookup(self) -> dict[FileState, tuple[Any, ...]]:
         """Known files -> first_window (its id), n_windows, seconds, audio_hash, warning."""
@@ -1160,7 +1093,7 @@ def load_features(clips: pd.DataFrame, cfg: Config, mfcc: MFCC) -> tuple[pd.Data
                 failures |= _fill(cache, missing, cfg, mfcc)
             known = cache.lookup()
         cache.database.close()
-    except (sqlite3.Error, OSError) as error:
+    except (sqlite3.Error, OSError, NotImplementedError) as error:  # of the lock, on some network drives
         raise cache.fault(error) from None
     found = [path not in failures for path in clips.path]
     columns = ["first_window", "n_windows", "seconds", "audio_hash", "warning"]
