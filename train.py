@@ -220,7 +220,7 @@ def draw_epoch(
     """The clips of an epoch; where the `means` of all clips are given, with deviations from voices."""
     drawn, deviations = draw_clips(clips, cfg, seed), None
     if means is not None:
-        deviations = draw_deviations(clips, means, seed)[drawn.index.to_numpy()]
+        deviations = draw_deviations(clips, means, seed)[drawn.index.tolist()]
     return make_train_loader(drawn, labels, cache, cfg, deviations)
 
 
