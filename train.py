@@ -709,7 +709,9 @@ def make_plan(cfg: Config, inputs: Inputs) -> Plan:
         note(f"note: trains in {precision}: a step takes {times}")
     if not cfg.max_minutes:
         return Plan(precision, cfg.ensemble, cfg.epochs)
-    n_steps = max(cfg.min_steps, inputs.parts[min(inputs.parts)].count("train") // cfg.batch_size)
+    clips = inputs.clips_of(min(inputs.parts))
+    n_drawn = len(draw_clips(clips[clips.part == "train"], cfg, 0))
+    n_steps = max(cfg.min_steps, n_drawn // cfg.batch_size)
     epoch_seconds = 1.4 * n_steps * seconds[precision]  # with augmentation, validation and saving
     n_workers, n_epochs = (
         world_size() * len(own_devices(cfg)),
@@ -948,7 +950,7 @@ def train_networks(cfg: Config, inputs: Inputs, *, resume: bool, on_epoch: OnEpo
     with tqdm(total=len(jobs) * inputs.plan.epochs, unit="epoch", disable=True if rank() else None) as bar:
 
         def show(row: Row) -> None:
-            show_epoch(row, cfg, bar)
+            show_epoch(row, inputs.plan.epochs, bar)
             on_epoch(row)
 
         run_jobs(cfg, jobs, resume=resume, on_epoch=show)
@@ -969,14 +971,14 @@ def describe_split(clips: pd.DataFrame, cfg: Config) -> str:
     return f"{names}; {sizes} clips, {how}" + (shared if heard else "")
 
 
-def show_epoch(row: Row, cfg: Config, bar: "tqdm[Any]") -> None:
+def show_epoch(row: Row, n_epochs: int, bar: "tqdm[Any]") -> None:
     """Move the bar; where there is no terminal to draw it on, print a line."""
     bar.n += 1  # also where there is no bar
     bar.set_postfix_str(f"network {row['network']}: {row['val_accuracy']:.1%} of val")
     if bar.disable:
         train = f"train loss {row['train_loss']:.3f} accuracy {row['train_accuracy']:5.1%}"
         val = f"val loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:5.1%}"
-        epoch = f"network {row['network']}  epoch {row['epoch']:2d}/{cfg.epochs}"
+        epoch = f"network {row['network']}  epoch {row['epoch']:2d}/{n_epochs}"
         say(f"{epoch}  {train}  {val}  lr {row['learning_rate']:.1e}  {row['seconds']:.1f} s")
 
 

@@ -185,7 +185,7 @@ def test_plan_fits_the_time_there_is(
     monkeypatch.setattr(train, "own_devices", lambda _: ["cpu", "cpu"])
     cfg = Config(max_minutes=minutes)
     parts = {train.Job(0, member): ["train"] * 6400 for member in range(1, 9)}
-    clips = pd.DataFrame({"emotion": ["Angry", "Sad"]})
+    clips = pd.DataFrame({"emotion": ["Angry", "Sad"] * 3200})
     inputs = train.Inputs(clips, parts, None, None, None, time.time() + 60 * minutes)  # type: ignore[arg-type]
     plan = train.make_plan(cfg, inputs)
     assert (plan.precision, plan.n_networks, plan.epochs) == ("float32", n_networks, epochs)
