@@ -262,6 +262,8 @@ def parse(
     Raises:
         SystemExit: 2 after one line on stderr if a flag or value is bad, 0 after --help.
     """
+    if argv is None:
+        _handle_signals(_quit)  # nothing is worth a traceback until run()
     flags = [word.partition("=")[0] for word in (sys.argv[1:] if argv is None else argv) if word[:2] == "--"]
     known, unknown = parser.parse_known_intermixed_args(argv)
     if twice := [flag for flag in flags if flags.count(flag) > 1]:
@@ -472,6 +474,21 @@ def number_of(name: str) -> str:
 # ---- how a script ends -----------------------------------------------------------------------------------
 
 
+_HANDLERS: dict[int, Any] = {}  # of signals, as they were before a script began
+
+
+def _handle_signals(handler: Callable[[int, Any], None]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        before = _HANDLERS.setdefault(number, signal.getsignal(number))
+        if before is not signal.SIG_IGN:  # a background job of a shell ignores SIGINT
+            signal.signal(number, handler)
+
+
+def _quit(signum: int, _frame: object) -> NoReturn:
+    note("interrupted")
+    os._exit(128 + signum)
+
+
 def _interrupt(signum: int, _frame: object) -> NoReturn:
     started = time.monotonic()
 
@@ -509,18 +526,15 @@ def run(main: Callable[..., int], *args: object) -> int:
     Returns:
         The exit code: 0 done, 1 failed on the way, 2 could not start, 130 Ctrl-C, 143 SIGTERM.
     """
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # a background job of a shell ignores SIGINT
-            signal.signal(number, _interrupt)
+    _handle_signals(_interrupt)
     if isinstance(sys.stdout, io.TextIOWrapper):  # names in any script and of any bytes, whatever the locale
         encoding = sys.stdout.encoding if sys.stdout.isatty() else "utf-8"
         sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
     try:
         return _end(main, *args)
     finally:  # a console session goes on, with its own
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        while _HANDLERS:
+            signal.signal(*_HANDLERS.popitem())
 
 
 def _end(main: Callable[..., int], *args: object) -> int:

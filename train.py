@@ -623,8 +623,9 @@ def run_jobs(cfg: Config, jobs: Sequence[Job], *, resume: bool, on_epoch: OnEpoc
         return
     context = multiprocessing.get_context("spawn")
     try:
+        # First, since their first semaphore starts a process that lets Ctrl-C through again.
+        n_taken, rows = context.Value("i", 0), context.SimpleQueue()
         with hold_interrupts():
-            n_taken, rows = context.Value("i", 0), context.SimpleQueue()
             configs = [replace(cfg, device=device) for device in devices]
             work = partial(_work, configs, jobs, n_threads=n_threads, resume=resume)
             children: ProcessContext = start_processes(  # type: ignore[no-untyped-call] # torch's
