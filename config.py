@@ -113,9 +113,7 @@ class Config:
     min_steps: Count = 25  # steps per epoch at least: small data sets are repeated within an epoch
     learning_rate: Positive = 3e-3  # of AdamW
     warmup: AtLeast0 = 2  # epochs in which the learning rate rises linearly to its full value
-    weight_decay: NotNegative = (
-        2e-2  # of AdamW, on weight matrices alone: decoupled from the gradient, unlike L2
-    )
+    weight_decay: NotNegative = 2e-2  # of AdamW, on weight matrices: decoupled from the gradient, unlike L2
     label_smoothing: Below1 = 0.05  # part of each target that is spread over all classes
     patience: Count = 10  # early stopping: epochs without a better accuracy or a fall of the learning rate
     lr_factor: Between0And1 = 0.5  # ReduceLROnPlateau: the learning rate is multiplied by this
@@ -271,15 +269,17 @@ def parse(
         parser.error(f"{twice[0]} is given twice{how}")
     if unknown:
         parser.error(_explain(unknown[0], parser))
-    values = {name: value for name, value in vars(known).items() if name in Config.__dataclass_fields__}
+    given = {name: value for name, value in vars(known).items() if name in Config.__dataclass_fields__}
+    quick, places = ({"ensemble": 2, "epochs": 12, "min_steps": 1}, DEMO) if known.demo else ({}, {})
+    if fixed := sorted(places.keys() & given.keys()):
+        parser.error(f"--demo has its own folders: leave out --{fixed[0]}")
+    own = Path({"run_dir": Config.run_dir, **given, **places}["run_dir"], "run.json")
+    begun: dict[str, Any] = {}
     if getattr(known, "config", ""):
-        values = _read_settings(Path(known.config), parser) | values
-    elif getattr(known, "resume", False):  # a run goes on as it began, where it lies now
-        values = _read_settings(Path(values.get("run_dir", Config.run_dir), "run.json"), parser) | values
-    if known.demo:
-        if fixed := sorted(DEMO.keys() & values.keys()):
-            parser.error(f"--demo has its own folders: leave out --{fixed[0]}")
-        values = {"ensemble": 2, "epochs": 12, "min_steps": 1} | values | DEMO  # quick
+        begun = _read_settings(Path(known.config), own.parent, parser)
+    elif getattr(known, "resume", False) and own.exists():  # a run goes on as it began, where it lies now
+        begun = _read_settings(own, own.parent, parser)
+    values = quick | begun | given | places
     run_dir = Path(values.get("run_dir", Config.run_dir))
     if run_dir != Path(Config.run_dir):  # a run of its own folder keeps its model there
         values = {"checkpoint": str(run_dir / Config.checkpoint)} | values
@@ -289,14 +289,16 @@ def parse(
         parser.error(str(error))
 
 
-def _read_settings(path: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
-    """The settings in the run.json of a run, but where it lies; none where there is no such file."""
+def _read_settings(path: Path, run_dir: Path, parser: argparse.ArgumentParser) -> dict[str, Any]:
+    """The settings in a run.json; its checkpoint only where its run_dir is the folder of this run, too."""
     try:
-        content = json.loads(path.read_text()) if path.exists() else {}
-        names = Config.__dataclass_fields__.keys() - {"run_dir", "checkpoint"}
-        return {name: content[name] for name in names if name in content}
-    except (OSError, ValueError, TypeError) as error:
-        parser.error(f"{path} holds no settings: {error}")
+        content = json.loads(path.read_text())
+        settings = {name: content[name] for name in Config.__dataclass_fields__ if name in content}
+        if Path(settings.pop("run_dir")) != run_dir:
+            del settings["checkpoint"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        parser.error(f"{path} holds no settings of a run: {error}")
+    return settings
 
 
 def _explain(argument: str, parser: argparse.ArgumentParser) -> str:

@@ -179,7 +179,8 @@ class Recognizer:
 
     def __init__(self, *checkpoints: str | Path, device: str = "auto", num_workers: int = 0) -> None:
         paths = [Path(path) for path in checkpoints] or [default_model(Config())]
-        self.checkpoint = join([load_checkpoint(path)[0] for path in paths])
+        loaded = [load_checkpoint(path) for path in paths]
+        self.checkpoint = join([checkpoint for checkpoint, _ in loaded])
         self.name = f"{', '.join(map(str, paths))}, {self.checkpoint.summary}"
         if not checkpoints and paths[0] not in PRETRAINED.values():
             note(f"model: {self.name}")
@@ -187,7 +188,8 @@ class Recognizer:
         self.device = resolve_device(device)
         if self.device.type != "cpu":  # else features and networks both run in the workers
             num_workers = 0
-        self.model = build_ensemble(self.checkpoint).to(self.device)
+        model = loaded[0][1] if len(loaded) == 1 else build_ensemble(self.checkpoint)
+        self.model = model.to(self.device)
         self.cfg = replace(self.checkpoint.config, device=device, num_workers=num_workers)
 
     @overload
@@ -248,7 +250,10 @@ class Recognizer:
             AudioError: A recording cannot be used.
             UserError: They do not sound like speech, or an emotion is none of the labels.
         """
-        features, seconds = self._extract(_as_list(clips), rate)
+        several = _as_list(clips)
+        if not several or (emotions and len(emotions) != len(several)):
+            raise UserError(f"recordings: {len(several)}, emotions: {len(emotions)}: one for each, or none")
+        features, seconds = self._extract(several, rate)
         owner = [number for number, windows in enumerate(features) for _ in windows]
         if unknown := set(emotions) - set(self.labels):
             raise UserError(f"emotions = {', '.join(sorted(unknown))}: must be of {', '.join(self.labels)}")

@@ -1058,9 +1058,11 @@ class FeatureCache:
         out = np.empty((len(numbers), *self.shape), np.float32)
         try:
             for row, number in zip(out, numbers, strict=True):
-                (blob,) = self.database.execute(query, (int(number),)).fetchone()
-                row[...] = np.frombuffer(blob, np.float32).reshape(self.shape)
-        except (sqlite3.Error, TypeError) as error:  # TypeError: no such row, since somebody deleted it
+                found = self.database.execute(query, (int(number),)).fetchone()
+                if found is None:
+                    raise UserError(f"cache {self.path} was changed while in use: start again", code=1)
+                row[...] = np.frombuffer(found[0], np.float32).reshape(self.shape)
+        except sqlite3.Error as error:
             raise self.fault(error) from None
         return out
 

@@ -621,7 +621,7 @@ def run_jobs(cfg: Config, jobs: Sequence[Job], *, resume: bool, on_epoch: OnEpoc
             own = replace(cfg, device=devices[0])
             run_job(own, job, read_inputs(cfg), resume=resume, on_epoch=on_epoch)
         return
-    context = multiprocessing.get_context("spawn")
+    context, others = multiprocessing.get_context("spawn"), {*multiprocessing.active_children()}
     try:
         # First, since their first semaphore starts a process that lets Ctrl-C through again.
         n_taken, rows = context.Value("i", 0), context.SimpleQueue()
@@ -642,7 +642,7 @@ def run_jobs(cfg: Config, jobs: Sequence[Job], *, resume: bool, on_epoch: OnEpoc
     except ProcessExitedException as error:
         raise UserError(f"a training process died: {error}", code=1) from None
     finally:
-        for process in multiprocessing.active_children():
+        for process in {*multiprocessing.active_children()} - others:
             process.kill()  # files are written in one step: it leaves none half-written
             process.join()
 
@@ -703,6 +703,8 @@ def make_plan(cfg: Config, inputs: Inputs) -> Plan:
     Raises:
         UserError: There is no time for a single epoch.
     """
+    if cfg.precision != "auto" and not cfg.max_minutes:
+        return Plan(cfg.precision, cfg.ensemble, cfg.epochs)
     seconds = time_steps(cfg, inputs.clips.emotion.nunique())
     precision = min(seconds, key=lambda name: seconds[name])
     if len(seconds) > 1:
@@ -868,13 +870,13 @@ def start_run(cfg: Config, inputs: Inputs, *, resume: bool) -> None:
 
 
 def describe_environment() -> dict[str, str]:
-    """What scores and speed depend on besides the settings: versions, commit, processor, threads."""
+    """What scores and speed depend on besides the settings: versions, commit, processor, cores."""
     packages = ("torch", "librosa", "numpy", "pandas", "scikit-learn", "soundfile", "soxr")
     about = {"python": platform.python_version()} | {name: version(name) for name in packages}
     about |= {"libsndfile": soundfile.__libsndfile_version__, "cores": str(cpu_count())}
-    with contextlib.suppress(OSError):
-        found = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())
-        about["processor"] = found[1] if found else platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search("model name.*: (.*)", cpuinfo.read_text()) if cpuinfo.is_file() else None
+    about["processor"] = found[1] if found else platform.processor()
     with contextlib.suppress(OSError):
         command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude=*"]
         git = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -968,6 +970,8 @@ def describe_split(clips: pd.DataFrame, cfg: Config) -> str:
     shared = f", {len(heard & speakers['train'])} of the {len(heard)} speakers in val and test also in train"
     how = {"random": "split at random", "speaker": "split by speaker"}[cfg.split]
     how += ", val drawn anew for each network" if cfg.ensemble > 1 else ""
+    if "given" in clips and (clips.given != "").any():
+        how = f"parts as given, where they are, else {how}"
     names = printable(f"{len(classes)} classes ({', '.join(classes)})")
     return f"{names}; {sizes} clips, {how}" + (shared if heard else "")
 
@@ -1634,7 +1638,7 @@ def main(cfg: Config, flags: Namespace) -> int:
         compare(flags.compare)
     elif flags.evaluate is not None:
         about_labels = {"labels_from", "extra_labels"}
-        allowed = (RUNTIME_FIELDS - {"data_dir", "submission"}) | about_labels | {"adapt"}
+        allowed = (RUNTIME_FIELDS - {"data_dir", "submission"}) | about_labels | {"adapt", "demo"}
         refuse_others(flags, "evaluate", allowed)
         is_named = flags.demo or {"checkpoint", "run_dir"} & vars(flags).keys()
         path = Path(cfg.checkpoint)
@@ -1644,7 +1648,8 @@ def main(cfg: Config, flags: Namespace) -> int:
         check_flags(cfg, flags)
         if flags.demo and os.environ.get("RANK", "0") == "0":
             make_demo(Path(cfg.data_dir))
-        train(cfg, n_folds=flags.folds, resume=flags.resume, init=flags.init or "")
+        n_folds = flags.folds or (read_about(cfg).get("folds", 0) if flags.resume else 0)
+        train(cfg, n_folds=n_folds, resume=flags.resume, init=flags.init or "")
     return 0
 
 
@@ -1673,7 +1678,7 @@ def refuse_others(flags: Namespace, action: str, allowed: Collection[str]) -> No
         UserError: Naming the first one.
     """
     for name, value in vars(flags).items():
-        if name not in {*allowed, action, "demo"} and (value or name in Config.__dataclass_fields__):
+        if name not in {*allowed, action} and (value or name in Config.__dataclass_fields__):
             raise UserError(f"--{name} has no effect on --{action}: leave it out")
 
 

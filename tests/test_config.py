@@ -143,6 +143,12 @@ def test_run_of_its_own_folder_keeps_its_model_there(argv: list[str], checkpoint
     assert Path(parse(make_parser(""), argv)[0].checkpoint) == Path(checkpoint)
 
 
+def test_help_says_what_every_setting_is() -> None:
+    """Its comment: none has moved off its line."""
+    helps = {action.dest: str(action.help) for action in make_parser("")._actions}
+    assert not [name for name in FIELDS if helps[name].startswith(" [")]
+
+
 @pytest.mark.parametrize(
     ("script", "bad", "reason"),
     [

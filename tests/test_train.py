@@ -409,6 +409,8 @@ def test_settings_of_a_run_repeat_it_and_resume_it(copied: Config, tmp_path: Pat
     own = {"run_dir": str(moved), "checkpoint": str(moved / "best_emotion_model.pth")}
     assert resumed == replace(copied, **own, submission=Config.submission)
     assert script(resumed, resume=True) == 0
+    with pytest.raises(SystemExit):  # a wrong name must not mean the defaults
+        parse(parser, ["--config", "nowhere.json"])
     Path(source).parent.mkdir()
     Path(source).write_text("{")
     with pytest.raises(SystemExit):
