@@ -739,7 +739,7 @@ def _open_ffmpeg(file: io.FileIO, outputs: Sequence[str] = (), *, to_end: bool =
         stack.enter_context(process)
         stack.callback(process.kill)
 
-        def hurry(step: Callable[[], Any]) -> Any:  # noqa: ANN401 - what the step returns
+        def wait_for(step: Callable[[], Any]) -> Any:  # noqa: ANN401 - what the step returns
             timer = threading.Timer(FFMPEG_SECONDS, process.kill)
             timer.start()
             try:
@@ -749,20 +749,21 @@ def _open_ffmpeg(file: io.FileIO, outputs: Sequence[str] = (), *, to_end: bool =
 
         def fault() -> AudioError:
             process.stdout.close()  # whatever it still writes ends it
-            code = hurry(process.wait)
+            code = wait_for(process.wait)
             log.seek(0)
             line = re.sub(rb"^\[.*?\] |^file:/dev/stdin: ", b"", log.readline()).decode(errors="replace")
-            return AudioError(f"ffmpeg: {line.strip() or 'no audio'}" + f" (exit code {code})" * (code > 0))
+            reason = f"gave nothing for {FFMPEG_SECONDS} s" if code == -9 else line.strip() or "no audio"
+            return AudioError(f"ffmpeg: {reason}" + f" (exit code {code})" * (code > 0))
 
         def blocks() -> Iterator[npt.NDArray[Any]]:
             decoded = sound.blocks()
-            while (samples := hurry(partial(next, decoded, None))) is not None:
+            while (samples := wait_for(partial(next, decoded, None))) is not None:
                 yield samples
-            if hurry(process.wait):
+            if wait_for(process.wait):
                 raise fault()
 
         try:
-            sound = stack.enter_context(hurry(partial(_SoundFile, process.stdout.fileno())))
+            sound = stack.enter_context(wait_for(partial(_SoundFile, process.stdout.fileno())))
         except soundfile.SoundFileError:
             raise fault() from None
         yield Source(sound.samplerate, 0, blocks())

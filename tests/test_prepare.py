@@ -678,7 +678,7 @@ SECOND = np.stack([1.5 * RAMP, 0.5 * RAMP], axis=1).astype(">f4").tobytes()
         (b"", "echo libx.so: not found >&2; exit 127", r"; ffmpeg: libx.so: not found \(exit code 127\)$"),
         (b"Hello\n" * 99, "exit 0", "ffmpeg: no audio"),
         (AU, "exit 0", "holds no samples"),
-        (b"", "exec sleep 60", "ffmpeg: no audio"),
+        (b"", "exec sleep 60", "ffmpeg: gave nothing for 2 s"),
     ],
 )
 def test_ffmpeg_decodes_what_libsndfile_cannot(
