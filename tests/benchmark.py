@@ -96,7 +96,7 @@ def librosa_of_wave(wave: FloatArray, cfg: Config) -> FloatArray:
 def plain_loop(paths: Sequence[str], model: EmotionEnsemble, cfg: Config) -> None:
     """Label clips one by one."""
     for path in paths:
-        model(torch.from_numpy(librosa_features(path, cfg))[None]).argmax()
+        model(torch.from_numpy(librosa_features(path, cfg))[None]).probabilities.argmax()
 
 
 # ---- the comparisons -------------------------------------------------------------------------------------
