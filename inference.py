@@ -559,9 +559,10 @@ def open_rows(output: str) -> Iterator[TextIO]:
         with draft.open("w", encoding="utf-8", newline="") as stream:
             yield stream
         draft.replace(path)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # an earlier file is whole, and stays
+        path = path.with_name(f"{path.name}.part") if path.exists() else path
         draft.replace(path)
-        note(f"the rows so far are in {output}")
+        note(f"the rows so far are in {path}")
         raise
     finally:
         draft.unlink(missing_ok=True)

@@ -795,6 +795,10 @@ def check_run_dir(cfg: Config) -> None:
     for path in (".", cfg.data_dir, cfg.cache_dir):
         if Path(path).resolve().is_relative_to(run_dir):
             raise UserError(f"run_dir = {cfg.run_dir!r}: holds {path!r}: a run needs a folder of its own")
+    if not (run_dir / "run.json").exists():
+        for name in ("metrics.json", "predictions.csv", "history.csv"):
+            if (run_dir / name).exists():
+                raise UserError(f"run_dir = {cfg.run_dir!r}: has a {name} of no run: name another folder")
 
 
 def check_resume(cfg: Config, about: dict[str, Any], mine: dict[str, Any]) -> None:

@@ -460,6 +460,14 @@ def test_run_that_cannot_begin_touches_nothing(
     assert {path.name for path in folder.iterdir()} == {"run", "best.pth"}
 
 
+def test_files_of_no_run_are_not_written_over(copied: Config) -> None:
+    Path(copied.run_dir, "run.json").unlink()
+    before = contents(copied.run_dir)
+    with pytest.raises(UserError, match=r"has a metrics\.json of no run: name another folder"):
+        script(copied)
+    assert contents(copied.run_dir) == before
+
+
 def test_second_run_in_one_folder_is_refused(copied: Config) -> None:
     before = contents(copied.run_dir)
     message = f"another run is writing to {copied.run_dir}"
