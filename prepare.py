@@ -723,7 +723,7 @@ def _open_ffmpeg(file: io.FileIO, outputs: Sequence[str] = (), *, to_end: bool =
     name = Path(os.fsdecode(file.name))
     whole = f"file:{name.absolute()}" if sys.platform == "win32" else "file:/dev/stdin"
     inputs = ["file", "-i", whole] if not to_end else "pipe -ignore_length 1 -f wav -i pipe:0".split()
-    command = ["ffmpeg", "-v", "error", "-protocol_whitelist", *inputs, "-map", "0:a:0", *outputs]
+    command = ["ffmpeg", "-nostdin", "-v", "error", "-protocol_whitelist", *inputs, "-map", "0:a:0", *outputs]
     # The limit, of processor time, is for one that is left alone since its reader was killed.
     command += "-c:a pcm_f32be -timelimit 1800 -f au pipe:1".split()
     file.seek(0)
