@@ -183,9 +183,9 @@ class Config:
 RUNTIME_FIELDS = frozenset(
     "data_dir test_dir cache_dir run_dir checkpoint submission manifest batch_size device num_workers".split()
 )
-AUDIO_FIELDS = frozenset("sample_rate duration n_mfcc n_fft hop_length n_mels".split())
 # What shapes features and network: inference takes it from the checkpoint, whatever config.py says.
-MODEL_FIELDS = AUDIO_FIELDS | frozenset(
+MODEL_FIELDS = frozenset(
+    "sample_rate duration n_mfcc n_fft hop_length n_mels "
     "ensemble recordings cmn conv_channels conv_blocks conv_kernel gru_hidden gru_layers".split()
 )
 # Where a demo reads and writes: beside everything real, so that it can neither replace nor shadow it.

@@ -166,7 +166,7 @@ class Recognizer:
     """A trained model that labels files and arrays.
 
     Without a checkpoint it takes best_emotion_model.pth where there is one, and says so, else the bundled
-    model for any recordings. It changes nothing outside itself: no settings of PyTorch, no files.
+    model for any recordings. It writes no files. While it predicts, PyTorch has one thread.
 
     Args:
         checkpoints: Files that train.py wrote; the probabilities of several are averaged.

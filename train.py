@@ -962,7 +962,8 @@ def train_networks(cfg: Config, inputs: Inputs, *, resume: bool, on_epoch: OnEpo
 
         run_jobs(cfg, jobs, resume=resume, on_epoch=show)
     if jobs and not bar.n:
-        note(f"note: nothing was left to train: for more, start a new run with --init {cfg.checkpoint}")
+        more = f": for more, start a new run with --init {cfg.checkpoint}" if inputs.folds == [0] else ""
+        note(f"note: nothing was left to train{more}")
 
 
 def describe_split(clips: pd.DataFrame, cfg: Config) -> str:

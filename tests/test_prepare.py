@@ -868,6 +868,15 @@ def test_wav_above_4_gib_is_heard_to_its_end(tmp_path: Path) -> None:
     assert [window.std() > 0.05 for window in windows] == [True, True]
 
 
+@NEEDS_FFMPEG
+def test_ffmpeg_takes_no_commands_from_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The C that a VOC begins with would ask it to read a command."""
+    blocks = bytes.fromhex("011f1108040000" + "80c10001019814008300" + "7e7f969dacabbab1" * 8)
+    (tmp_path / "a.voc").write_bytes(b"Creative Voice File\x1a\x1a\0\x14" + blocks)
+    monkeypatch.setattr("prepare.FFMPEG_SECONDS", 5)
+    assert heard(tmp_path / "a.voc")[0] > 0
+
+
 @pytest.mark.parametrize("after", [b"LIST", b"id3 ", b"_PMX"])
 def test_chunk_after_the_samples_is_no_audio(
     after: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
