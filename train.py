@@ -941,6 +941,7 @@ def train(
         except (KeyboardInterrupt, UserError) as error:
             if rank() == 0:
                 keep_networks(cfg, inputs)
+                Path(cfg.run_dir, INPUTS).unlink()
             if isinstance(error, KeyboardInterrupt):
                 note("stopped: the same command with --resume goes on after the last finished epoch")
             raise

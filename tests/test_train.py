@@ -554,6 +554,7 @@ def test_interrupted_run_ends_after_resuming_with_the_bits_of_an_undisturbed_one
     assert interrupt(cfg, signal.SIGINT) == 130
     assert load_checkpoint(Path(cfg.checkpoint))[0].members
     assert 0 < len(pd.read_csv(tmp_path / "run" / "history.csv")) < 12
+    assert not (tmp_path / "run" / "inputs.pickle").exists()
     assert script(cfg, resume=True) == 0
     for member in (1, 2):
         end = state(cfg, member)
