@@ -274,8 +274,8 @@ class Recognizer:
         adapted = copy.copy(self)
         adapted.model, adapted.name = model, f"{self.name}, adapted to recordings: {len(features)}"
         members = [dict(network.state_dict()) for network in model.members]
-        distance = dict(model.distance.state_dict())
-        adapted.checkpoint = replace(self.checkpoint, members=members, distance=distance)
+        distance, voices = dict(model.distance.state_dict()), dict(model.voices.state_dict())
+        adapted.checkpoint = replace(self.checkpoint, members=members, distance=distance, voices=voices)
         return adapted
 
     @torch.inference_mode()
@@ -294,7 +294,8 @@ class Recognizer:
         """
         with one_thread():
             (features,), _ = self._extract(_as_list(clip), rate)
-            states = [network.embed(features).mean(dim=0) for network in self.model.members]
+            deviation = self.model.voices(features)
+            states = [network.embed(features, deviation).mean(dim=0) for network in self.model.members]
         return torch.cat(states).cpu().numpy()
 
     @torch.inference_mode()

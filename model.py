@@ -276,11 +276,8 @@ class EmotionCNNGRU(nn.Module):
         # must not decide.
         self.level = nn.Buffer(torch.zeros(cfg.n_features, 1))
         # How far below the loudest frame others still count in the window's mean, as a first coefficient: 30
-        # dB where recordings of any kind come, so that silence and the noise in it do not shift the mean.
-        self.depth = 30 * math.sqrt(cfg.n_mels) if cfg.recordings == "any" else math.inf
-        # The mean of a speaker's recordings, which comes in place of the window's own as far as it is known.
-        self.voice = nn.Buffer(torch.zeros(cfg.n_features, 1))
-        self.voice_weight = nn.Buffer(torch.zeros(()))  # 0: not at all
+        # dB, so that silence and the noise in it do not shift the mean.
+        self.depth = 30 * math.sqrt(cfg.n_mels)
         widths = [cfg.n_features, *(cfg.conv_channels * (2 + block) // 2 for block in range(cfg.conv_blocks))]
         # Over time alone, but as images of one line: PyTorch has faster kernels for these.
         self.conv = nn.Sequential(
@@ -317,18 +314,17 @@ class EmotionCNNGRU(nn.Module):
     def forward(self, features: Tensor, deviation: Tensor | None = None) -> Tensor:
         """Features (B, F, T) float32, as MFCC gives them -> logits (B, C) float32.
 
-        `deviation` (B, F, 1) is that of each clip from the voice of its speaker; else the voice is that of
-        the network, if it knows one.
+        `deviation` (B, F, 1) is that of each clip from the voice of its speaker, as far as that is known: the
+        voice comes in place of the window's own mean. None: not known.
         """
         return self.head(self.embed(features, deviation)).float()  # type: ignore[no-any-return] # Module
 
     def embed(self, features: Tensor, deviation: Tensor | None = None) -> Tensor:
         """What the head decides from: mean, std and maximum of the states, (B, 6 * gru_hidden) float32."""
         own_mean = loud_mean(features, self.depth)  # (B, F, 1)
-        if deviation is None:
-            deviation = self.voice_weight * (own_mean - self.voice)
+        voice = own_mean if deviation is None else own_mean - deviation
         level = self.level * features.amax(dim=2, keepdim=True)
-        x = (features - torch.lerp(self.mean + level, own_mean - deviation, self.cmn)) / self.std
+        x = (features - torch.lerp(self.mean + level, voice, self.cmn)) / self.std
         x = x[:, :, None].to(memory_format=torch.channels_last)  # (B, F, 1, T)
         x = self.conv(x)[:, :, 0]  # (B, channels, T / 2 ** conv_blocks)
         states = self.gru(x.transpose(1, 2))[0].float()  # (B, T', 2 * gru_hidden)
@@ -399,6 +395,90 @@ class Distance(nn.Module):
         self.whiten.div_(limit.clamp(min=1e-3))
 
 
+class Voices(nn.Module):
+    """The voices that a model knows, and whose a window may be.
+
+    Of many voices, those of the training clips, it guesses: linear discriminant analysis (LDA) of means and
+    stds over time of all MFCC, with one class more for somebody unknown, who lies where speakers lie (as in
+    PLDA; Prince & Elder 2007, ICCV). One voice alone is that of all windows.
+    """
+
+    UNKNOWN = 0.1  # probability, before anything was heard, that none of many speaks
+
+    def __init__(self, cfg: Config, n_speakers: int = 0) -> None:
+        super().__init__()
+        self.n_mfcc, self.depth, n = cfg.n_mfcc, 30 * math.sqrt(cfg.n_mels), 2 * cfg.n_mfcc
+        self.voices = nn.Buffer(torch.zeros(n_speakers, cfg.n_features))  # means of their clips' loud_mean
+        self.weights = nn.Buffer(torch.zeros(n_speakers))  # how well each is known: n / (n + 4) of n clips
+        self.center = nn.Buffer(torch.zeros(n))
+        self.project = nn.Buffer(torch.zeros(n, n))  # to where windows of a speaker vary by 1, uncorrelated
+        self.places = nn.Buffer(torch.zeros(n_speakers, n))  # of the speakers there
+        self.spread = nn.Buffer(torch.zeros(n))  # their variance
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Features (B, F, T) -> how far each window is from its speaker's voice, (B, F, 1).
+
+        Each speaker counts with his probability; nobody known is 0 away.
+        """
+        probabilities = self.identify(features) * self.weights  # (B, S)
+        voice = (probabilities[:, :, None] * self.voices).sum(dim=1)  # not @, which autocast would round
+        total = probabilities.sum(dim=1, keepdim=True)
+        return total[:, :, None] * loud_mean(features, self.depth) - voice[:, :, None]
+
+    def identify(self, features: Tensor) -> Tensor:
+        """Features (B, F, T) -> the probability of each speaker, (B, S)."""
+        n_speakers = len(self.weights)
+        if n_speakers < 2:
+            return features.new_ones(len(features), n_speakers)
+        place = ((self.statistics(features) - self.center)[:, :, None] * self.project).sum(dim=1)
+        known = -(place[:, None] - self.places).square().sum(dim=2) / 2
+        known = known + math.log((1 - self.UNKNOWN) / n_speakers)
+        variance = 1 + self.spread
+        nobody = math.log(self.UNKNOWN) - (place.square() / variance + variance.log()).sum(dim=1) / 2
+        return torch.cat([known, nobody[:, None]], dim=1).softmax(dim=1)[:, :-1]
+
+    def statistics(self, features: Tensor) -> Tensor:
+        """Means and stds over time of each window, (W, 2 * n_mfcc)."""
+        mfcc = features[:, : self.n_mfcc]
+        return torch.cat([mfcc.mean(dim=2), mfcc.std(dim=2)], dim=1)
+
+    def fit(self, batches: Iterable[Batch], speakers: Sequence[str]) -> None:
+        """Learn the voices in some clips, by their speakers, of whom there are at least two."""
+        names = sorted(set(speakers))
+        speaker = torch.tensor([names.index(name) for name in speakers])  # of each clip
+        means: list[Tensor] = []
+        statistics: list[Tensor] = []
+        owners: list[Tensor] = []  # of all windows
+        for batch in batches:
+            owners.append(batch.owner + sum(map(len, means)))
+            statistics.append(self.statistics(batch.features).double())
+            own = loud_mean(batch.features, self.depth)
+            means.append(mean_over_windows(own, batch.owner, len(batch.targets)))
+        values, owner = torch.cat(statistics), speaker[torch.cat(owners)]
+        places = mean_over_windows(values, owner, len(names))
+        covariance = (values - places[owner]).T.cov()
+        covariance += (1e-3 * covariance.diag() + 1e-3).diag()  # one row may follow from others
+        whiten = torch.linalg.inv(torch.linalg.cholesky(covariance)).T
+        center = places.mean(dim=0)
+        spread, axes = torch.linalg.eigh(((places - center) @ whiten).T.cov())
+        self.center.copy_(center)
+        self.project.copy_(whiten @ axes)
+        self.spread.copy_(spread.clamp(min=0))
+        self._learn(torch.cat(means), speaker, (places - center) @ whiten @ axes)
+
+    def fit_one(self, means: Tensor) -> None:
+        """Learn the one voice of some recordings, from the loud_mean (N, F, 1) of each."""
+        one = torch.zeros(len(means), dtype=torch.int64, device=means.device)
+        self._learn(means, one, torch.zeros(1, len(self.center)))
+
+    def _learn(self, means: Tensor, speaker: Tensor, places: Tensor) -> None:
+        """Know speakers at these places (S, 2 * n_mfcc), from means (N, F, 1) of clips and whose they are."""
+        n_clips = torch.bincount(speaker)
+        self.voices = nn.Buffer(mean_over_windows(means[:, :, 0], speaker, len(places)))
+        self.weights = nn.Buffer(n_clips / (n_clips + 4))
+        self.places = nn.Buffer(places.to(self.center))
+
+
 MIN_VARIETY = 0.5  # nats by which recordings differ in emotion, for batch norms to learn from them
 
 
@@ -412,20 +492,28 @@ class EmotionEnsemble(nn.Module):
     DISTANCE_EXPONENT = 2  # how fast confidence falls with the distance from the training data
 
     def __init__(
-        self, mfcc: MFCC, members: Sequence[nn.Module], distance: Distance, temperature: float = 1.0
+        self,
+        mfcc: MFCC,
+        members: Sequence[nn.Module],
+        distance: Distance,
+        voices: Voices,
+        temperature: float = 1.0,
     ) -> None:
         super().__init__()
         self.mfcc = mfcc
         self.members: Any = nn.ModuleList(members)  # of EmotionCNNGRU
-        self.distance, self.temperature = distance, temperature
+        self.distance, self.voices, self.temperature = distance, voices, temperature
 
     def forward(self, features: Tensor) -> Outputs:
         """Features (B, F, T) of windows -> what the networks make of each.
 
-        A network counts the more the better it knows the voice, up to twice.
+        Networks with CMN count the more the better the one voice is known, up to twice.
         """
-        weights = torch.stack([1 + member.voice_weight * member.cmn.max() for member in self.members])
-        probabilities = torch.stack([member(features).softmax(dim=1) for member in self.members])  # (M, B, C)
+        known = self.voices.weights.sum() if len(self.voices.weights) == 1 else 0
+        weights = torch.stack([1 + known * member.cmn.max() for member in self.members])
+        deviation = self.voices(features)
+        logits = torch.stack([member(features, deviation) for member in self.members])  # (M, B, C)
+        probabilities = logits.softmax(dim=2)
         probabilities = (probabilities * (weights / weights.sum())[:, None, None]).sum(dim=0)
         return Outputs(probabilities, self.distance(features))
 
@@ -449,12 +537,9 @@ class EmotionEnsemble(nn.Module):
             The model, and how far the recordings differ in emotion by its own view: the mutual information
             of recording and label in nats, at most log(C).
         """
-        adapted, n_windows, depth = copy.deepcopy(self), len(features), self.members[0].depth
-        means = mean_over_windows(loud_mean(features, depth), owner, int(owner.max()) + 1)
-        for member in adapted.members:
-            member.voice.copy_((means if shifts is None else means - shifts).mean(dim=0))
-            # Only networks for any recordings have heard voices in training.
-            member.voice_weight.fill_(len(means) / (len(means) + 4) if math.isfinite(depth) else 0)
+        adapted, n_windows = copy.deepcopy(self), len(features)
+        means = mean_over_windows(loud_mean(features, self.voices.depth), owner, int(owner.max()) + 1)
+        adapted.voices.fit_one(means if shifts is None else means - shifts)
         chosen = torch.linspace(0, n_windows - 1, min(n_windows, 128), device=owner.device).long()
         features, owner = features[chosen], torch.unique(owner[chosen], return_inverse=True)[1]
         weight = len(chosen) / (len(chosen) + 16)
@@ -520,7 +605,7 @@ def resolve_device(name: str) -> torch.device:
 
 # ---- checkpoint ------------------------------------------------------------------------------------------
 
-VERSION = 6  # of the file's layout
+VERSION = 7  # of the file's layout
 # The bundled models, by their setting `recordings`.
 PRETRAINED = {name: Path(__file__).with_name("assets") / f"pretrained_{name}.pth" for name in ("any", "same")}
 
@@ -536,6 +621,7 @@ class Checkpoint:
     epochs: list[int]  # the epoch that each network is of
     temperature: float  # of calibrate()
     distance: dict[str, Tensor]  # state of Distance
+    voices: dict[str, Tensor]  # state of Voices
     shifts: Tensor  # (C, n_features, 1), by how much each emotion moves the mean of a speaker's clips
     n_clips: dict[str, int]  # training clips of each class
     seen: Tensor  # (n,) int64, sorted short hashes of the clips that it was trained on or chosen by
@@ -635,7 +721,9 @@ def build_ensemble(checkpoint: Checkpoint) -> EmotionEnsemble:
         load_weights(member, weights)  # float32 whatever the file holds
     distance = Distance(checkpoint.config)
     load_weights(distance, checkpoint.distance)
-    return EmotionEnsemble(mfcc, members, distance, checkpoint.temperature).eval()
+    voices = Voices(checkpoint.config, len(checkpoint.voices["weights"]))
+    load_weights(voices, checkpoint.voices)
+    return EmotionEnsemble(mfcc, members, distance, voices, checkpoint.temperature).eval()
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor]) -> None:

@@ -86,6 +86,7 @@ from model import (
     EmotionCNNGRU,
     EmotionDataset,
     EmotionEnsemble,
+    Voices,
     build_ensemble,
     calibrate,
     load_checkpoint,
@@ -388,8 +389,8 @@ def fit(
     model = make_network(cfg, len(labels), member, make_loader(train_clips, labels, cache, cfg)).to(device)
     if init:
         start_from(init, model, member, labels)
-    hears_voices = cfg.recordings == "any" and bool(model.cmn.any())
-    means = mean_features(train_clips, cache, cfg, model.depth) if hears_voices else None
+    means = mean_features(train_clips, cache, cfg, model.depth) if bool(model.cmn.any()) else None
+    voices = fit_voices(cfg, train_clips, cache).to(device)
     average = make_average(model, cfg.ema_decay)
     optimizer = make_optimizer(model, cfg)
     n_steps = len(make_train_loader(example, labels, cache, cfg))
@@ -405,7 +406,7 @@ def fit(
             part.load_state_dict(state[name])
         history, best, bad_epochs, kept = (state[name] for name in ("history", "best", "bad_epochs", "kept"))
 
-    averaged = EmotionEnsemble(augment.mfcc, [average.module], Distance(cfg).to(device))
+    averaged = EmotionEnsemble(augment.mfcc, [average.module], Distance(cfg).to(device), voices)
     while len(history) < cfg.epochs and bad_epochs < cfg.patience and time.time() < deadline:
         started, epoch, lr = time.perf_counter(), len(history) + 1, optimizer.param_groups[0]["lr"]
         # Seeded anew each epoch, so that a resumed run needs no state of random generators.
@@ -1079,6 +1080,7 @@ def make_model(cfg: Config, inputs: Inputs, *, fold: int) -> tuple[Checkpoint, p
         epochs=[best["epoch"] for best in kept],
         temperature=temperature * relative_temperature(len(networks)),
         distance=fit_distance(cfg, clips, mfcc),
+        voices=dict(fit_voices(cfg, learnt, FeatureCache(cfg, mfcc)).state_dict()),
         shifts=fit_shifts(cfg, clips, mfcc, labels),
         n_clips={label: int((learnt.emotion == label).sum()) for label in labels},
         seen=torch.unique(torch.cat(seen)),
@@ -1100,6 +1102,14 @@ def fit_distance(cfg: Config, clips: pd.DataFrame, mfcc: MFCC) -> dict[str, Tens
     train, val = (make_loader(clips[clips.part == part], labels, cache, cfg) for part in ("train", "val"))
     distance.fit((batch.features for batch in train), (batch.features for batch in val))
     return distance.state_dict()
+
+
+def fit_voices(cfg: Config, clips: pd.DataFrame, cache: FeatureCache) -> Voices:
+    """The voices of training clips; empty where others are to be labelled, or no network asks for them."""
+    known, voices = clips[clips.speaker != ""], Voices(cfg)
+    if cfg.recordings == "same" and cfg.cmn != "none" and known.speaker.nunique() > 1:
+        voices.fit(make_loader(known, sorted(set(known.emotion)), cache, cfg), known.speaker.tolist())
+    return voices
 
 
 def fit_shifts(cfg: Config, clips: pd.DataFrame, mfcc: MFCC, labels: Sequence[str]) -> Tensor:

@@ -38,6 +38,7 @@ from model import (
     Distance,
     EmotionCNNGRU,
     EmotionEnsemble,
+    Voices,
     save_checkpoint,
 )
 from prepare import (
@@ -242,13 +243,14 @@ def save_random_model(path: Path, cfg: Config, labels: list[str], mfcc: MFCC) ->
         n_clips=dict.fromkeys(labels, 0),
         temperature=1.0,
         distance=dict(Distance(cfg).state_dict()),
+        voices=dict(Voices(cfg).state_dict()),
         shifts=torch.zeros(len(labels), cfg.n_features, 1),
         seen=torch.empty(0, dtype=torch.int64),
         environment={},
         run="benchmark",
     )
     save_checkpoint(path, checkpoint)
-    return EmotionEnsemble(mfcc, networks, Distance(cfg)).eval()
+    return EmotionEnsemble(mfcc, networks, Distance(cfg), Voices(cfg)).eval()
 
 
 # ---- the original recipe ---------------------------------------------------------------------------------
