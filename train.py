@@ -126,10 +126,8 @@ OnEpoch: TypeAlias = Callable[[Row], None]
 NumberT = TypeVar("NumberT", float, Tensor)
 
 MAX_GRADIENT = 5.0  # norm; a longer gradient is shortened to it
-COOL_DOWN, MIN_EPOCHS = (
-    0.75,
-    24,
-)  # of training with a limit of time: when the learning rate falls, and at least
+COOL_DOWN, MIN_EPOCHS = 0.75, 24  # with max_minutes: the part of the time after which the learning rate
+# falls with every epoch, and the epochs that a network is worth training for
 MAX_PER_SPEAKER = 100  # clips of one speaker in an epoch, where any recordings are to be labelled
 
 # ---- one epoch -------------------------------------------------------------------------------------------
@@ -368,7 +366,7 @@ def fit(
         member: Which network, from 1.
         init: The model to start from.
         resume: Whether to go on with the state of an interrupted run.
-        deadline: The time, as time.time() gives it, after which no epoch begins.
+        deadline: The time, as time.time() gives it, after which no epoch begins. The rate falls before.
         on_epoch: Gets the row of history.csv of each epoch.
 
     Raises:
@@ -398,7 +396,7 @@ def fit(
     stateful: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
     stateful |= {"warmup": warmup, "plateau": plateau}
     history: list[Row] = []
-    best, bad_epochs, kept = 0.0, 0, {}
+    best, bad_epochs, kept, begun = 0.0, 0, {}, time.time()
     if resume and path.is_file():
         state = load_tensors(path)
         load_weights(model, state["model"])  # says what does not fit, after an edit of the network
@@ -426,7 +424,7 @@ def fit(
 
         if epoch > cfg.warmup:
             plateau.step(accuracy)
-        if cfg.max_minutes and epoch > COOL_DOWN * cfg.epochs:  # there is no time to wait for a plateau
+        if time.time() > begun + COOL_DOWN * (deadline - begun):  # there is no time to wait for a plateau
             optimizer.param_groups[0]["lr"] = optimizer.param_groups[1]["lr"] = lr * cfg.lr_factor
         # Early stopping waits until the learning rate has fallen as far as it will, or it would cut that off.
         has_fallen = epoch > cfg.warmup and optimizer.param_groups[0]["lr"] < lr
@@ -521,7 +519,6 @@ class Plan(NamedTuple):
 
     precision: Precision  # not auto
     n_networks: int  # of the ensemble
-    epochs: int  # at most
 
 
 class Inputs(NamedTuple):
@@ -576,16 +573,17 @@ def read_inputs(cfg: Config) -> Inputs:
     return inputs
 
 
-def run_job(cfg: Config, job: Job, inputs: Inputs, *, resume: bool, on_epoch: OnEpoch) -> None:
-    """Train the network of a job."""
+def run_job(cfg: Config, job: Job, inputs: Inputs, *, rounds: int, resume: bool, on_epoch: OnEpoch) -> None:
+    """Train the network of a job, in its share of the time that is left for so many, one after the other."""
+    now = time.time()
     fit(
-        replace(fold_config(cfg, job.fold), precision=inputs.plan.precision, epochs=inputs.plan.epochs),
+        replace(fold_config(cfg, job.fold), precision=inputs.plan.precision),
         inputs.clips_of(job),
         inputs.mfcc,
         member=job.member,
         init=inputs.init,
         resume=resume,
-        deadline=inputs.deadline,
+        deadline=now + (inputs.deadline - now) / rounds,
         on_epoch=on_epoch,
     )
 
@@ -618,9 +616,9 @@ def run_jobs(cfg: Config, jobs: Sequence[Job], *, resume: bool, on_epoch: OnEpoc
     n_threads = max(1, len(devices) // max(1, len(jobs)))
     devices = devices[: len(jobs)]
     if len(devices) < 2:
-        for job in jobs:
-            own = replace(cfg, device=devices[0])
-            run_job(own, job, read_inputs(cfg), resume=resume, on_epoch=on_epoch)
+        for number, job in enumerate(jobs):
+            own, rounds = replace(cfg, device=devices[0]), len(jobs) - number
+            run_job(own, job, read_inputs(cfg), rounds=rounds, resume=resume, on_epoch=on_epoch)
         return
     context, others = multiprocessing.get_context("spawn"), {*multiprocessing.active_children()}
     try:
@@ -667,7 +665,8 @@ def _work(
                 next_job, n_taken.value = n_taken.value, n_taken.value + 1
             if next_job >= len(jobs):
                 return
-            run_job(cfg, jobs[next_job], read_inputs(cfg), resume=resume, on_epoch=rows.put)
+            job, rounds = jobs[next_job], math.ceil((len(jobs) - next_job) / len(configs))
+            run_job(cfg, job, read_inputs(cfg), rounds=rounds, resume=resume, on_epoch=rows.put)
     except (UserError, OSError, MemoryError) as error:  # the parent's run() words them
         rows.put(error)
 
@@ -699,35 +698,34 @@ def time_steps(cfg: Config, n_classes: int) -> dict[Precision, float]:
 
 
 def make_plan(cfg: Config, inputs: Inputs) -> Plan:
-    """The faster precision, and as many networks and epochs as max_minutes allow.
+    """The faster precision, and as many networks as max_minutes allow.
 
     Raises:
         UserError: There is no time for a single epoch.
     """
     if cfg.precision != "auto" and not cfg.max_minutes:
-        return Plan(cfg.precision, cfg.ensemble, cfg.epochs)
+        return Plan(cfg.precision, cfg.ensemble)
     seconds = time_steps(cfg, inputs.clips.emotion.nunique())
     precision = min(seconds, key=lambda name: seconds[name])
     if len(seconds) > 1:
         times = " and ".join(f"{1000 * value:.0f} ms in {name}" for name, value in seconds.items())
         note(f"note: trains in {precision}: a step takes {times}")
     if not cfg.max_minutes:
-        return Plan(precision, cfg.ensemble, cfg.epochs)
+        return Plan(precision, cfg.ensemble)
     clips = inputs.clips_of(min(inputs.parts))
     n_drawn = len(draw_clips(clips[clips.part == "train"], cfg, 0))
     n_steps = max(cfg.min_steps, n_drawn // cfg.batch_size)
-    epoch_seconds = 1.4 * n_steps * seconds[precision]  # with augmentation, validation and saving
-    n_workers, n_epochs = (
-        world_size() * len(own_devices(cfg)),
-        (inputs.deadline - time.time()) / epoch_seconds,
-    )
-    n_jobs = max(1, int(n_epochs / MIN_EPOCHS)) * n_workers  # a worker trains one after the other
+    epoch = 0.1 + 1.4 * n_steps * seconds[precision]  # with augmentation, validation and saving
+    n_workers, left = world_size() * len(own_devices(cfg)), inputs.deadline - time.time()
+    if left < epoch:
+        what = f"{max(0, left):.0f} s are left for training, and an epoch takes {epoch:.1f} s"
+        raise UserError(f"max_minutes = {cfg.max_minutes}: {what}: raise it")
+    n_jobs = max(1, int(left / epoch / MIN_EPOCHS)) * n_workers  # a worker trains one after the other
     n_networks = min(cfg.ensemble, max(1, n_jobs // len(inputs.folds)))
-    epochs = min(cfg.epochs, int(n_epochs / math.ceil(n_networks * len(inputs.folds) / n_workers)))
-    if epochs < 1:
-        raise UserError(f"max_minutes = {cfg.max_minutes}: an epoch takes {epoch_seconds:.0f} s: raise it")
-    note(f"note: max_minutes = {cfg.max_minutes}: {n_networks} of {cfg.ensemble} networks, {epochs} epochs")
-    return Plan(precision, n_networks, epochs)
+    n_epochs = int(left / epoch / math.ceil(n_networks * len(inputs.folds) / n_workers))
+    what = f"{n_networks} of {cfg.ensemble} networks, about {min(cfg.epochs, n_epochs)} epochs each"
+    note(f"note: max_minutes = {cfg.max_minutes}: {what}")
+    return Plan(precision, n_networks)
 
 
 @contextlib.contextmanager
@@ -810,7 +808,7 @@ def check_resume(cfg: Config, about: dict[str, Any], mine: dict[str, Any]) -> No
     """
     if not about:
         raise UserError(f"no run in {cfg.run_dir} to resume: start one with `python train.py`")
-    free = (RUNTIME_FIELDS - {"batch_size"}) | ({"epochs", "patience"} if not cfg.max_minutes else set())
+    free = RUNTIME_FIELDS - {"batch_size"} | {"epochs", "patience"}
     differences = [
         "the clips or their split" if name == "data" else f"{name}: {about.get(name)!r} -> {value!r}"
         for name, value in mine.items()
@@ -855,9 +853,7 @@ def start_run(cfg: Config, inputs: Inputs, *, resume: bool) -> None:
     if resume:
         check_resume(cfg, about, mine)
         init = load_checkpoint(kept_init)[0] if about["init"] else None
-        begun = Plan(**about["plan"])
-        resumed = begun if cfg.max_minutes else begun._replace(epochs=cfg.epochs)
-        inputs = inputs._replace(init=init, plan=resumed)
+        inputs = inputs._replace(init=init, plan=Plan(**about["plan"]))
     else:
         inputs = inputs._replace(plan=make_plan(cfg, inputs))
         if about:
@@ -930,7 +926,7 @@ def train(
             mfcc = MFCC(mfcc_constants(cfg), cfg.hop_length)
             clips = load_corpus(cfg, mfcc)
             start = load_init(Path(init), cfg, sorted(set(clips.emotion))) if init else None
-            limits = Plan(cfg.precision, cfg.ensemble, cfg.epochs)
+            limits = Plan(cfg.precision, cfg.ensemble)
             inputs = Inputs(clips, divide(clips, cfg, n_folds), mfcc, start, limits, deadline)
             stack.enter_context(run_lock(cfg))
             start_run(cfg, inputs, resume=resume)
@@ -956,10 +952,10 @@ def train(
 def train_networks(cfg: Config, inputs: Inputs, *, resume: bool, on_epoch: OnEpoch) -> None:
     """Train the networks of this process, and show how far they are."""
     jobs = inputs.jobs
-    with tqdm(total=len(jobs) * inputs.plan.epochs, unit="epoch", disable=True if rank() else None) as bar:
+    with tqdm(total=len(jobs) * cfg.epochs, unit="epoch", disable=True if rank() else None) as bar:
 
         def show(row: Row) -> None:
-            show_epoch(row, inputs.plan.epochs, bar)
+            show_epoch(row, cfg.epochs, bar)
             on_epoch(row)
 
         run_jobs(cfg, jobs, resume=resume, on_epoch=show)
