@@ -867,15 +867,17 @@ def map_files(work: Work, paths: Sequence[str], cfg: Config) -> Generator[Any, N
     busy = dict[Any, int]()  # pipe -> number of the chunk
     try:
         for number in range(len(chunks)):
-            while number not in done:
-                if not workers:
-                    following = todo.popleft()
-                    done[following] = work(chunks[following])
-                for pipe in workers.keys() - busy.keys():
+            while True:
+                for pipe in workers.keys() - busy.keys():  # first, so that none waits while results are used
                     if todo and todo[0] < number + 4 * n_workers:  # none runs far ahead
                         busy[pipe] = todo.popleft()
                         with contextlib.suppress(OSError):  # it may have crashed
                             pipe.send(chunks[busy[pipe]])
+                if number in done:
+                    break
+                if not workers:
+                    following = todo.popleft()
+                    done[following] = work(chunks[following])
                 ready: list[Any] = multiprocessing.connection.wait(list(busy), None if busy else 0)
                 for pipe in ready:
                     finished = busy.pop(pipe)
