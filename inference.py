@@ -3,7 +3,8 @@
 python inference.py                      the clips of the test folder -> submission.csv
 python inference.py a.wav clips/ ...     files, folders, patterns -> a CSV with probabilities on stdout
 python inference.py -                    a file from standard input
-python inference.py --timeline a.wav     a row for each window of 3 s, and a picture in run_dir
+python inference.py --timeline a.wav     a row for each window of 3 s; picture, page, subtitles in run_dir
+python inference.py --segments parts.csv     parts of recordings: filename, start, end, perhaps speaker
 python inference.py --adapt me/ a.wav    the same by a model that knows the voice in some recordings
 python inference.py --checkpoint a.pth,b.pth ...     the mean of what several models say
 python inference.py --export my.onnx     the model, features included, as one file for ONNX Runtime
@@ -41,6 +42,8 @@ if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imp
     parser.add_argument(
         "--export", default="", metavar="FILE", help="write the model: .onnx, or .pth; label nothing"
     )
+    parser.add_argument("--segments", default="", metavar="CSV", help="label parts: filename,start,end")
+    parser.add_argument("--standard_names", action="store_true", help="Surprised for a class called Suprised")
     parser.add_argument("--timeline", action="store_true", help="a row per window, and a picture per file")
     parser.add_argument("--step", type=float, default=0.0, help="seconds from window to window of --timeline")
     parser.add_argument("--json", action="store_true", help="one JSON object per line instead of CSV")
@@ -53,6 +56,7 @@ import csv
 import glob
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -61,7 +65,9 @@ from argparse import Namespace
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple, TextIO, overload
 
@@ -92,9 +98,11 @@ from prepare import (
     Recording,
     check_csv_name,
     class_of,
+    emotion_of,
     find_audio,
     make_demo,
     map_files,
+    read_csv,
     report_files,
     spool,
 )
@@ -172,12 +180,21 @@ class Recognizer:
         checkpoints: Files that train.py wrote; the probabilities of several are averaged.
         device: As the setting of that name.
         num_workers: Processes that predict_files uses, as the setting of that name.
+        standard_names: Call emotions by their usual names, as "Surprised" a class "Suprised".
 
     Raises:
         UserError: A checkpoint cannot be used, or their classes, features or networks differ.
     """
 
-    def __init__(self, *checkpoints: str | Path, device: str = "auto", num_workers: int = 0) -> None:
+    def __init__(
+        self,
+        *checkpoints: str | Path,
+        device: str = "auto",
+        num_workers: int = 0,
+        standard_names: bool = False,
+    ) -> None:
+        if not all(isinstance(path, str | Path) for path in checkpoints):
+            raise UserError("checkpoints: pass paths, one after the other: Recognizer('a.pth', 'b.pth')")
         paths = [Path(path) for path in checkpoints] or [default_model(Config())]
         loaded = [load_checkpoint(path) for path in paths]
         self.checkpoint = join([checkpoint for checkpoint, _ in loaded])
@@ -185,6 +202,8 @@ class Recognizer:
         if not checkpoints and paths[0] not in PRETRAINED.values():
             note(f"model: {self.name}")
         self.labels = self.checkpoint.labels
+        if standard_names:
+            self.labels = [emotion_of(label) or label for label in self.labels]
         self.device = resolve_device(device)
         if self.device.type != "cpu":  # else features and networks both run in the workers
             num_workers = 0
@@ -251,7 +270,9 @@ class Recognizer:
             UserError: They do not sound like speech, or an emotion is none of the labels.
         """
         several = _as_list(clips)
-        if not several or (emotions and len(emotions) != len(several)):
+        if not several:
+            raise UserError("no recordings to adapt to")
+        if emotions and len(emotions) != len(several):
             raise UserError(f"recordings: {len(several)}, emotions: {len(emotions)}: one for each, or none")
         features, seconds = self._extract(several, rate)
         owner = [number for number, windows in enumerate(features) for _ in windows]
@@ -293,7 +314,7 @@ class Recognizer:
             AudioError: The clip cannot be used.
         """
         with one_thread():
-            (features,), _ = self._extract(_as_list(clip), rate)
+            (features,), _ = self._extract(_as_list((clip,)), rate)
             deviation = self.model.voices(features)
             states = [network.embed(features, deviation).mean(dim=0) for network in self.model.members]
         return torch.cat(states).cpu().numpy()
@@ -320,6 +341,23 @@ class Recognizer:
         self._check_step(step)
         work = partial(self._predict, step=step)
         return zip(paths, map_files(work, paths, self.cfg), strict=True)
+
+    def predict_segments(
+        self, clip: Clip, segments: Sequence[tuple[float, float]], rate: float | None = None
+    ) -> list[Prediction | AudioError]:
+        """What the model makes of parts of a recording, each from a start to an end in seconds.
+
+        Raises:
+            AudioError: The recording cannot be used. That one of its parts cannot be is told in its place.
+        """
+        with one_thread():
+            wave, own_rate = Recording(_as_list(clip)[0], self.cfg, rate=rate).read(), self.cfg.sample_rate
+            length = len(wave) / own_rate
+            inside = [start < end <= length + 0.1 for start, end in segments]  # ends may be rounded
+            spans = np.rint(np.array([*itertools.compress(segments, inside)]) * own_rate).astype(int)
+            results = iter(self._predict([wave[start:end] for start, end in spans], rate=own_rate))
+        beyond = AudioError(f"not in the recording, which has {length:.2f} s")
+        return [next(results) if is_inside else beyond for is_inside in inside]
 
     def _check_step(self, step: float) -> None:
         if step and not 0.1 <= step <= self.cfg.duration:
@@ -489,20 +527,21 @@ def report_results(results: Mapping[str, Prediction | AudioError]) -> int:
     return len(failures)
 
 
-def to_rows(name: str, result: Prediction, *, abstain: bool) -> list[dict[str, Any]]:
-    """The rows of a file: one, or one for each window of a timeline; times with two decimals, the rest four.
+def to_rows(about: Mapping[str, str], result: Prediction, *, abstain: bool) -> list[dict[str, Any]]:
+    """The rows of a clip, after what they say `about` it: one, or one for each window of a timeline.
 
-    There is no label for what is far from the training data, if we may abstain.
+    Times have two decimals, other numbers four. What is far from the training data has no label, if we may
+    abstain.
     """
-    about: dict[Any, Any] = {"emotion": result.emotion, "confidence": result.confidence}
-    about |= {"seconds": result.seconds, "distance": result.distance} | result.probabilities
-    rows = [about] if result.timeline is None else result.timeline.windows.to_dict("records")
+    whole: dict[Any, Any] = {"emotion": result.emotion, "confidence": result.confidence}
+    whole |= {"seconds": result.seconds, "distance": result.distance} | result.probabilities
+    rows = [whole] if result.timeline is None else result.timeline.windows.to_dict("records")
     decimals = dict.fromkeys(("start", "end", "seconds", "distance"), 2)
     for row in rows:
         if abstain and row["distance"] > 1:
             row["emotion"] = ""
         row |= {key: round(value, decimals.get(key, 4)) for key, value in row.items() if key != "emotion"}
-    return [{"filename": name, **row} for row in rows]
+    return [{**about, **row} for row in rows]
 
 
 def label_files(
@@ -510,14 +549,73 @@ def label_files(
 ) -> int:
     """Write a row for each file, or for each window of it; return 1 if one could not be read, else 0.
 
-    `names` are paths, each with what its row calls it. Rows are written as they come: Ctrl-C keeps them.
+    `names` are paths, each with what its row calls it.
     """
     step = (flags.step or recognizer.cfg.duration) if flags.timeline else 0.0
     predictions = recognizer.predict_files([path for path, _ in names], step=step)
-    times = ["start", "end", "emotion", "confidence"] if step else ["emotion", "confidence", "seconds"]
-    header = ["filename", *times, "distance", *recognizer.labels]
-    titles = unique_stems([name for _, name in names]) if step else []
-    results: list[tuple[str, Prediction | AudioError]] = []
+    abouts, titles = [{"filename": name} for _, name in names], unique_stems([name for _, name in names])
+
+    def results() -> Iterator[Prediction | AudioError]:
+        for (_, name), title, (path, result) in zip(names, titles, predictions, strict=True):
+            yield result
+            if not isinstance(result, AudioError) and result.timeline is not None:
+                link = link_to(path, Path(cfg.run_dir)) if name == path else ""  # of stdin no file stays
+                picture = Path(cfg.run_dir, f"timeline_{title}.png")
+                save_timeline(picture, result.timeline, recognizer.labels, name, link)
+
+    return write_rows(recognizer.labels, abouts, results(), flags)
+
+
+def read_segments(path: Path) -> pd.DataFrame:
+    """A table of parts of recordings: filename, start and end in seconds, and perhaps speaker, all text.
+
+    Raises:
+        UserError: It cannot be understood, or names no file below its folder, or a part that cannot be.
+    """
+    table, columns = read_csv(path, "segments"), {"filename", "start", "end"}
+    if not columns <= set(table.columns) <= columns | {"speaker"} or table.empty:
+        has = ", ".join(table.columns)
+        raise UserError(f"segments {path}: needs rows of filename, start, end, perhaps speaker, has {has}")
+    times = table[["start", "end"]].apply(pd.to_numeric, errors="coerce")
+    rows = zip(table.filename, times.start, times.end, strict=True)
+    for line, (name, start, end) in enumerate(rows, start=2):
+        where = f"segments {path}, line {line}"
+        if "\0" in name or not (path.parent / name).is_file():
+            raise UserError(f"{where}: no file {printable(name)} in {path.parent}")
+        if not 0 <= start < end < math.inf:  # NaN for what is no number
+            raise UserError(f"{where}: start and end must be seconds, one after the other")
+    return table
+
+
+def label_segments(recognizer: Recognizer, path: Path, table: pd.DataFrame, flags: Namespace) -> int:
+    """Write a row for each part of a recording, those of one together; return as label_files."""
+
+    def results() -> Iterator[Prediction | AudioError]:
+        for name, rows in groups:
+            parts = [(float(start), float(end)) for start, end in zip(rows.start, rows.end, strict=True)]
+            try:
+                yield from recognizer.predict_segments(path.parent / name, parts)
+            except AudioError as error:
+                yield from [error] * len(parts)
+
+    groups = [*table.groupby("filename", sort=False)]
+    abouts = [row for _, rows in groups for row in rows.to_dict("records")]
+    return write_rows(recognizer.labels, abouts, results(), flags)
+
+
+def write_rows(
+    labels: Sequence[str],
+    abouts: Sequence[Mapping[str, str]],
+    results: Iterator[Prediction | AudioError],
+    flags: Namespace,
+) -> int:
+    """Write what there is to say `about` each clip, and its labels; 1 if one could not be read, else 0.
+
+    Rows are written as they come: Ctrl-C keeps them.
+    """
+    before, after = (["start", "end"], []) if flags.timeline else ([], ["seconds"])
+    header = [*abouts[0], *before, "emotion", "confidence", *after, "distance", *labels]
+    seen: dict[str, Prediction | AudioError] = {}
     n_rows = 0
     with open_rows(flags.output) as stream:
         shown = printable if stream.isatty() else str  # a name must not steer a terminal
@@ -525,23 +623,20 @@ def label_files(
         if not flags.json:
             table.writerow(map(shown, header))
         quiet = True if stream.isatty() else None  # rows and a bar would mix
-        for (_, name), (path, result) in zip(tqdm(names, "files", disable=quiet), predictions, strict=True):
+        for about, result in zip(tqdm(abouts, "clips", disable=quiet), results, strict=True):
+            name = " ".join(about.values())
             if isinstance(result, AudioError):
-                results.append((name, result))
+                seen[name] = result
                 continue
-            results.append((name, result._replace(timeline=None)))
-            rows = to_rows(name, result, abstain=flags.abstain)
+            seen[name] = result._replace(timeline=None)
+            rows = to_rows(about, result, abstain=flags.abstain)
             n_rows += len(rows)
             if flags.json:
                 stream.writelines(json.dumps(row) + "\n" for row in rows)
             else:
                 table.writerows([shown(str(row[column])) for column in header] for row in rows)
             stream.flush()
-            if result.timeline is not None:
-                link = link_to(path, Path(cfg.run_dir)) if name == path else ""  # of stdin no file stays
-                picture = Path(cfg.run_dir, f"timeline_{titles[len(results) - 1]}.png")
-                save_timeline(picture, result.timeline, recognizer.labels, name, link)
-    n_failures = report_results(dict(results))
+    n_failures = report_results(seen)
     if flags.output:
         print(f"{n_rows} rows in {flags.output}")
     return 1 if n_failures else 0
@@ -624,8 +719,9 @@ def mean_width(n_windows: int) -> int:
 
 
 def save_timeline(picture: Path, timeline: Timeline, labels: Sequence[str], title: str, link: str) -> None:
-    """Write the picture of a timeline, and beside it a page to look at while the recording plays."""
+    """Write the picture of a timeline, and beside it subtitles, and a page to look at while it plays."""
     page = picture.with_suffix(".html")
+    save_view(picture.with_suffix(".srt"), partial(subtitles, timeline))
     drawn = save_figure(picture, partial(plot_timeline, timeline, labels, title))
     if save_view(page, partial(timeline_page, timeline, labels, title, link)) and drawn:
         note(f"timeline of {title}: {picture}; to listen to: {page}")
@@ -653,6 +749,26 @@ def timeline_page(timeline: Timeline, labels: Sequence[str], title: str, link: s
         "envelope": (100 * envelope / max(envelope.max(), 1e-9)).round().astype(int).tolist(),
     }
     return fill_page("timeline.html", content)
+
+
+def subtitles(timeline: Timeline) -> bytes:
+    """The labels of a timeline as an .srt file: one for each stretch with the same one, none for pauses."""
+
+    def clock(seconds: float) -> str:
+        precise = timedelta(seconds=round(seconds, 3), microseconds=1)  # so that there are decimals
+        return f"{precise!s:0>15}"[:12].replace(".", ",")
+
+    windows, edges = timeline.windows, window_edges(timeline.windows)
+    silent = find_pauses(timeline) | (windows.distance > 1)
+    shown = windows.emotion.mask(silent, "").to_numpy()
+    starts = np.flatnonzero(np.r_[True, shown[1:] != shown[:-1]])
+    stretches = [pair for pair in pairwise([*starts, len(shown)]) if shown[pair[0]]]
+    blocks = [
+        f"{number}\n{clock(edges[start])} --> {clock(edges[end])}\n"
+        f"{shown[start]} {windows.confidence[start:end].mean():.0%}\n"
+        for number, (start, end) in enumerate(stretches, start=1)
+    ]
+    return "\n".join(blocks).encode()
 
 
 def plot_timeline(timeline: Timeline, labels: Sequence[str], title: str) -> "Figure":
@@ -771,10 +887,16 @@ def check_flags(flags: Namespace) -> None:
     """
     if flags.export and flags.paths:
         raise UserError("--export labels nothing: leave out files and folders")
-    no_test = flags.paths or flags.export
+    if flags.segments and (flags.paths or flags.export or flags.timeline):
+        raise UserError("--segments names what to label: leave out files, --export and --timeline")
+    no_test = flags.paths or flags.export or flags.segments
     for names, is_useless, why in (
         ("submission data_dir test_dir fill", no_test, "is for the test folder: leave it out"),
-        ("timeline json output abstain", not flags.paths, "is for files: name files, folders or patterns"),
+        (
+            "timeline json output abstain standard_names",
+            not (flags.paths or flags.segments),
+            "is for files: name files, folders or patterns",
+        ),
         ("step", not flags.timeline, "is for --timeline: leave it out, or add --timeline"),
         ("run_dir", not flags.timeline, "is for --timeline: a run's model is named with --checkpoint"),
     ):
@@ -790,17 +912,20 @@ def check_flags(flags: Namespace) -> None:
 def adapt_to_files(recognizer: Recognizer, paths: Sequence[Path]) -> Recognizer:
     """A Recognizer that knows the voice in some files; folders named after emotions tell their labels.
 
+    Files that cannot be used are skipped with a note.
+
     Raises:
-        UserError: A file cannot be used, or none sounds like speech.
+        UserError: No file can be used, or none sounds like speech.
     """
+    heard = recognizer.predict_files([*map(str, paths)])
+    failures = {path: str(result) for path, result in heard if isinstance(result, AudioError)}
+    report_files(failures, "skipped")
+    paths = [path for path in paths if str(path) not in failures]
     spelling = {class_of(label): label for label in recognizer.labels}  # Suprised is Surprised
     emotions = [spelling.get(class_of(path.parent.name), "") for path in paths]
-    if is_labelled := all(emotions):
+    if is_labelled := bool(paths) and all(emotions):
         note(f"note: the folders tell what they are labelled: {', '.join(sorted(set(emotions)))}")
-    try:
-        return recognizer.adapt(list(paths), emotions=emotions if is_labelled else ())
-    except AudioError as error:
-        raise UserError(f"--adapt: {error}") from None
+    return recognizer.adapt(paths, emotions=emotions if is_labelled else ())
 
 
 def export(recognizer: Recognizer, path: Path) -> int:
@@ -828,10 +953,14 @@ def main(cfg: Config, flags: Namespace) -> int:
     torch.set_num_threads(1)  # the cores belong to the workers
     with spool(open_stdin()) if "-" in flags.paths else contextlib.nullcontext() as stdin:
         paths = expand_paths(flags.paths, stdin)
-        models = [str(default_model(cfg, [cfg.test_root] if not flags.paths and not flags.export else paths))]
+        segments = read_segments(Path(flags.segments)) if flags.segments else None
+        is_test = not (flags.paths or flags.export or flags.segments)
+        models = [str(default_model(cfg, [cfg.test_root] if is_test else paths))]
         if flags.demo or hasattr(flags, "checkpoint"):
             models = cfg.checkpoint.split(",")
-        recognizer = Recognizer(*models, device=cfg.device, num_workers=cfg.num_workers)
+        recognizer = Recognizer(
+            *models, device=cfg.device, num_workers=cfg.num_workers, standard_names=flags.standard_names
+        )
         if flags.adapt:
             recognizer = adapt_to_files(recognizer, expand_paths(flags.adapt.split(",")))
         note(f"model: {recognizer.name}")
@@ -842,6 +971,8 @@ def main(cfg: Config, flags: Namespace) -> int:
             note("note: settings are those of the model, not of config.py")
         if flags.export:
             return export(recognizer, Path(flags.export))
+        if segments is not None:
+            return label_segments(recognizer, Path(flags.segments), segments, flags)
         if not flags.paths:
             return submit(recognizer, cfg, flags.fill)
         names = [(str(path), "-" if path == stdin else str(path)) for path in paths]

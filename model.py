@@ -588,7 +588,10 @@ def resolve_device(name: str) -> torch.device:
         UserError: The machine has no such device, or this PyTorch has no code for it.
     """
     n_cuda = torch.cuda.device_count()
-    device = torch.device(("cuda" if n_cuda else "cpu") if name == "auto" else name)
+    try:
+        device = torch.device(("cuda" if n_cuda else "cpu") if name == "auto" else name)
+    except RuntimeError:
+        raise UserError(f"device = {name!r}: must be auto, cpu, cuda, cuda:NUMBER or mps") from None
     is_missing = device.type == "cuda" and (device.index or 0) >= n_cuda
     if is_missing or (device.type == "mps" and not torch.backends.mps.is_available()):
         raise UserError(f"device = {name!r}: not on this machine, which has cpu and {n_cuda} cuda device(s)")

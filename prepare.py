@@ -383,13 +383,7 @@ def read_manifest(path: Path, root: Path) -> pd.DataFrame:
     Raises:
         UserError: The file cannot be understood, or a name in it leads out of `root` or to no file.
     """
-    try:
-        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # of too many fields
-            table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
-    except (OSError, ValueError, Warning) as error:  # ValueError: whatever is no CSV
-        raise UserError(f"manifest {path}: {error}") from None
-    table = table.rename(columns=str.strip)
-    columns = ["emotion", "speaker", "part"]
+    table, columns = read_csv(path, "manifest"), ["emotion", "speaker", "part"]
     if not {"filename"} < set(table.columns) <= {"filename", *columns}:
         raise UserError(
             f"manifest {path}: needs a header with filename and emotion, speaker or part, and no more, "
@@ -413,6 +407,20 @@ def read_manifest(path: Path, root: Path) -> pd.DataFrame:
         twice = table.index[table.index.duplicated()][0]
         raise UserError(f"manifest {path}: says two things of {twice}")
     return table
+
+
+def read_csv(path: Path, what: str) -> pd.DataFrame:
+    """A CSV file as it is, all text.
+
+    Raises:
+        UserError: It cannot be understood; the message names it, and `what` it is.
+    """
+    try:
+        with warnings.catch_warnings(action="error", category=pd.errors.ParserWarning):  # of too many fields
+            table = pd.read_csv(path, dtype=str, keep_default_na=False, index_col=False)
+    except (OSError, ValueError, Warning) as error:  # ValueError: whatever is no CSV
+        raise UserError(f"{what} {path}: {error}") from None
+    return table.rename(columns=str.strip)
 
 
 def _locate(name: str, root: Path) -> str:
@@ -535,9 +543,19 @@ class Recording:
         return "; ".join(filter(None, [self._broken, silent, loud]))
 
     def __iter__(self) -> Iterator[FloatArray]:
+        with self._opened() as source:
+            yield from self._windows(source)
+
+    def read(self) -> FloatArray:
+        """All samples at once, (n,), in place of windows."""
+        with self._opened() as source:
+            return np.concatenate([np.empty(0, np.float32), *self._blocks(source)])
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Source]:
         try:
             with _open(self.source, self.rate) as source:
-                yield from self._windows(source)
+                yield source
         except OSError as error:
             raise AudioError(error.strerror or str(error)) from None
 
@@ -618,8 +636,11 @@ def spool(stream: IO[bytes]) -> Iterator[Path]:
     """A temporary file with what a stream holds: a decoder has to go back and forth in it."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "clip")
-        with path.open("wb") as file:
-            shutil.copyfileobj(stream, file)
+        try:
+            with path.open("wb") as file:
+                shutil.copyfileobj(stream, file)
+        except (TypeError, ValueError) as error:  # it is closed, or gives text
+            raise AudioError(f"no file opened for reading bytes: {error}") from None
         yield path
 
 
@@ -648,7 +669,7 @@ def _open_array(samples: npt.NDArray[Any], rate: float | None) -> Iterator[Sourc
 @contextlib.contextmanager
 def _open_file(path: Path) -> Iterator[Source]:
     """A file as libsndfile reads it; ffmpeg reads what that cannot open, and what follows where it ends."""
-    if not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
+    if "\0" in str(path) or not stat.S_ISREG(path.stat().st_mode):  # opening a FIFO would wait for ever
         raise AudioError("not a regular file")
     with path.open("rb", buffering=0) as file, contextlib.ExitStack() as stack:
         if not file.read(1):

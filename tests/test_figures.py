@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 import config
 import train
 from config import legible, save_figure
-from inference import Timeline, plot_timeline, shade, timeline_page
+from inference import Timeline, plot_timeline, shade, subtitles, timeline_page
 from prepare import ENVELOPE_RATE
 from tests.conftest import ROOT
 
@@ -230,3 +230,15 @@ def test_pages_need_nothing_from_elsewhere(name: str) -> None:
     page = (ROOT / "assets" / name).read_text()
     assert page.count("{{data}}") == 1
     assert not re.search(r"https?://|@import|<link|\bsrc=|\bfetch\(", page)
+
+
+def test_subtitles_have_a_caption_for_each_stretch_of_one_label() -> None:
+    """None where it is silent, or unlike the training data."""
+    captions = subtitles(make_timeline("AABBBA", far="     x", silent="   x")).decode()
+    assert captions == (
+        "1\n00:00:00,000 --> 00:00:02,000\nA 100%\n\n"
+        "2\n00:00:02,000 --> 00:00:03,000\nB 100%\n\n"
+        "3\n00:00:04,000 --> 00:00:05,000\nB 100%\n"
+    )
+    longer = make_timeline("A" * 3700)
+    assert "00:00:00,000 --> 01:01:40,000" in subtitles(longer).decode()

@@ -70,6 +70,8 @@ def clips(home: Path) -> Path:
 
 ACTIONS = {
     "fill": "",
+    "segments": "",
+    "standard_names": False,
     "adapt": "",
     "abstain": False,
     "export": "",
@@ -187,6 +189,9 @@ def test_fill_labels_unreadable_clips_and_names_each(clips: Path, capsys: Captur
         ([TEST, "*.flac"], {}, "no such file or folder"),
         ([TEST, "x" * 300], {}, "no such file or folder"),
         ([TEST, "empty"], {}, "no audio files in empty"),
+        ([TEST], {"segments": "parts.csv"}, "--segments names what to label: leave out files"),
+        ([], {"segments": "nowhere.csv"}, "segments nowhere.csv: "),
+        ([], {"standard_names": True}, "--standard_names is for files"),
     ],
 )
 @pytest.mark.usefixtures("clips")
@@ -454,6 +459,21 @@ def test_content_of_a_file_is_a_clip(clips: Path, trained: Trained) -> None:
         recognizer.predict(b"no audio")
     with pytest.raises(AudioError, match="int: a clip is a path, a file or its bytes"):
         recognizer.predict(3)  # type: ignore[call-overload]
+    with pytest.raises(AudioError, match="list: a clip is a path"):
+        recognizer.embed([path])  # type: ignore[arg-type]
+    with path.open(encoding="latin-1") as text, pytest.raises(AudioError, match="opened for reading bytes"):
+        recognizer.predict(text)  # type: ignore[call-overload]
+    with pytest.raises(AudioError, match=r"opened for reading bytes: .* closed file"):
+        recognizer.predict(file)
+    with pytest.raises(AudioError, match="not a regular file"):
+        recognizer.predict("a\0.wav")
+
+
+def test_recognizer_says_what_is_wrong_with_its_arguments(trained: Trained) -> None:
+    with pytest.raises(UserError, match="checkpoints: pass paths, one after the other"):
+        Recognizer([trained.cfg.checkpoint])  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="device = 'gpu': must be auto, cpu"):
+        Recognizer(trained.cfg.checkpoint, device="gpu")
 
 
 def test_embedding_is_what_the_heads_decide_from(clips: Path, trained: Trained) -> None:
@@ -510,8 +530,74 @@ def test_folders_of_emotions_tell_the_labels_of_recordings(
     assert label(clips / "1.wav", adapt="mine", checkpoint=trained.cfg.checkpoint) == 0
     assert "the folders tell what they are labelled: Angry, Suprised" in capsys.readouterr().err
     Path("mine/Angry/1.wav").write_text("no audio")
-    with pytest.raises(UserError, match=r"--adapt: mine/Angry/1\.wav: "):
-        label(clips / "1.wav", adapt="mine", checkpoint=trained.cfg.checkpoint)
+    assert label(clips / "1.wav", adapt="mine", checkpoint=trained.cfg.checkpoint) == 0
+    errors = capsys.readouterr().err
+    assert "skipped mine/Angry/1.wav: " in errors
+    assert "the folders tell what they are labelled: Suprised" in errors
+    with pytest.raises(UserError, match="no recordings to adapt to"):
+        label(clips / "1.wav", adapt="mine/Angry", checkpoint=trained.cfg.checkpoint)
+
+
+# ---- parts of recordings, names of labels ----------------------------------------------------------------
+
+
+def write_segments(text: str) -> Path:
+    """Two seconds of Angry, then two of Sad, and a table of parts of them beside it."""
+    wave = np.concatenate([tone(PITCH["Angry"], 2), tone(PITCH["Sad"], 2)])
+    Path("talks").mkdir(exist_ok=True)
+    soundfile.write("talks/a.wav", wave, RATE)
+    path = Path("talks/parts.csv")
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.usefixtures("home")
+def test_parts_of_recordings_have_rows_of_their_own(capsys: Capture) -> None:
+    """A part is labelled as a file that holds it alone; a speaker in the table stays beside it."""
+    path = write_segments(
+        "filename,start,end,speaker\na.wav,0.5,1.5,Ann\nb.wav,0,1,Ann\na.wav,2.50,4.05,Bo\na.wav,3,9,Bo\n"
+    )
+    Path("talks/b.wav").write_text("no audio")
+    assert label(segments=str(path)) == 1
+    output = capsys.readouterr()
+    rows = pd.read_csv(io.StringIO(output.out), dtype={"start": str, "end": str})
+    about = ["filename", "start", "end", "speaker", "emotion", "confidence", "seconds", "distance"]
+    assert list(rows.columns) == [*about, *EMOTIONS]
+    assert rows[about[:5]].to_numpy().tolist() == [
+        ["a.wav", "0.5", "1.5", "Ann", "Angry"],
+        ["a.wav", "2.50", "4.05", "Bo", "Sad"],
+    ]
+    assert "a.wav 3 9 Bo: not in the recording, which has 4.00 s" in output.err
+    assert "b.wav 0 1 Ann: " in output.err
+    wave = soundfile.read("talks/a.wav", dtype="float32")[0]
+    alone = Recognizer(device="cpu").predict(wave[RATE // 2 : 3 * RATE // 2], RATE)
+    assert rows.confidence[0] == pytest.approx(alone.confidence, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("filename,start\na.wav,1\n", "needs rows of filename, start, end"),
+        ("filename,start,end\n", "needs rows of filename, start, end"),
+        ("filename,start,end,mood\na.wav,1,2,x\n", "has filename, start, end, mood"),
+        ("filename,start,end\na.wav,0,1\na.wav,1,1\n", "line 3: start and end must be seconds"),
+        ("filename,start,end\na.wav,x,1\n", "line 2: start and end must be seconds"),
+        ("filename,start,end\na.wav,-1,1\n", "line 2: start and end must be seconds"),
+        ("filename,start,end\nc.wav,0,1\n", "line 2: no file c.wav in talks"),
+    ],
+)
+@pytest.mark.usefixtures("home")
+def test_table_of_parts_is_refused_before_any_work(text: str, reason: str, capsys: Capture) -> None:
+    with pytest.raises(UserError, match=re.escape(f"{reason}")):
+        label(segments=str(write_segments(text)))
+    assert capsys.readouterr().out == ""
+
+
+def test_labels_have_their_usual_names_where_asked_for(clips: Path, capsys: Capture) -> None:
+    assert label(clips / "10.wav", standard_names=True) == 0
+    table = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert list(table.columns)[-3:] == ["Angry", "Sad", "Surprised"]
+    assert list(table.emotion) == ["Surprised"]
 
 
 # ---- several models --------------------------------------------------------------------------------------
@@ -558,7 +644,7 @@ def test_timeline_has_a_row_for_every_window_and_a_picture(capsys: Capture) -> N
     assert set(rows.emotion[rows.start > 3.1]) == {"Sad"}
     assert table[table.filename == "b/a.wav"][["start", "end"]].to_numpy().tolist() == [[0, 0.3]]
     stems = ("timeline_a", "timeline_a_2", "timeline_a_3")
-    names = {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf", "html")}
+    names = {f"{stem}.{kind}" for stem in stems for kind in ("png", "pdf", "html", "srt")}
     assert {path.name for path in Path("pictures").iterdir()} == names
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in Path("pictures").glob("*.png"))
     assert '"link": "../b/a.wav"' in Path("pictures", "timeline_a_3.html").read_text()
