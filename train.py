@@ -972,6 +972,8 @@ def describe_split(clips: pd.DataFrame, cfg: Config) -> str:
     heard = speakers.get("test", set()) | speakers["val"]
     shared = f", {len(heard & speakers['train'])} of the {len(heard)} speakers in val and test also in train"
     how = {"random": "split at random", "speaker": "split by speaker"}[cfg.split]
+    if cfg.split == "speaker" and speakers["val"] & speakers["train"]:
+        how += ", val other clips of the few speakers in train"
     how += ", val drawn anew for each network" if cfg.ensemble > 1 else ""
     if "given" in clips and (clips.given != "").any():
         how = f"parts as given, where they are, else {how}"

@@ -651,6 +651,16 @@ def test_run_by_speaker_is_tested_on_speakers_never_heard(tiny_cfg: Config) -> N
     assert metrics["split"] == (f"3 classes (Angry, Sad, Suprised); 24 train, 12 val, 12 test clips, {how}")
 
 
+def test_two_speakers_are_enough_to_test_on_one_of_them(tiny_cfg: Config, tmp_path: Path) -> None:
+    """The networks validate on other clips of the one that they train on, and the report says so."""
+    make_corpus(tmp_path / "data", n_speakers=2, n_takes=6)
+    cfg = replace(tiny_cfg, data_dir=str(tmp_path / "data"), split="speaker", epochs=1)
+    assert script(cfg) == 0
+    metrics = json.loads(Path(cfg.run_dir, "metrics.json").read_text())
+    assert "12 train, 6 val, 18 test clips, split by speaker, val other clips of the few" in metrics["split"]
+    assert metrics["split"].endswith("1 of the 2 speakers in val and test also in train")
+
+
 def test_folds_score_every_clip_by_networks_that_never_saw_it(
     copied: Config, corpus: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
