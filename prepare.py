@@ -163,7 +163,7 @@ def find_clips(cfg: Config) -> pd.DataFrame:
         UserError: There is no data folder, no clip, a bad manifest, or the folders are no emotions.
     """
     root = Path(cfg.data_dir)
-    if not root.is_dir():
+    if not os.path.isdir(root):  # noqa: PTH112 - one whose name is too long is no fault of the system
         raise UserError(f"no data folder {root}: name one with a folder of clips per emotion, or try --demo")
     manifest = pd.DataFrame(columns=["emotion", "speaker", "part"])
     if cfg.manifest or (root / "manifest.csv").is_file():
@@ -1018,7 +1018,7 @@ class FeatureCache:
             self.database.execute("PRAGMA page_size = 65536")  # a window of 62 kB fits one page
             self.database.executescript(_TABLES)
             self.database.execute("PRAGMA busy_timeout = 60000")  # ms: others hold it for a commit at a time
-        except (sqlite3.Error, PermissionError) as error:
+        except (sqlite3.Error, OSError) as error:
             raise self.fault(error) from None
 
     def fault(self, error: Exception) -> UserError:
@@ -1026,6 +1026,8 @@ class FeatureCache:
         remedy = "choose another --cache_dir, free disk space, or delete the file"
         if isinstance(error, PermissionError) or re.search("readonly|unable to open", str(error)):
             remedy = "you may not write there: choose another --cache_dir"
+        elif isinstance(error, FileExistsError | FileNotFoundError | NotADirectoryError):
+            remedy = "no folder can be made there: choose another --cache_dir"
         elif not isinstance(error, sqlite3.Error) or "locked" in str(error):
             remedy = "another run has it, or its drive cannot lock: wait, or choose another --cache_dir"
         reason = str(getattr(error, "strerror", error)) or "no locks"

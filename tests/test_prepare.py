@@ -1428,6 +1428,14 @@ def test_script_prints_the_table_and_names_odd_files(tmp_path: Path) -> None:
     assert lines[7:] == [rf"warning: {sad}/h\udcff\n.wav: silent"]
 
 
+@pytest.mark.parametrize("place", ["file", "file/cache"])
+def test_cache_that_cannot_be_made_names_its_flag(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cfg = tiny_config(tmp_path, cache_dir=str(tmp_path / place))
+    with pytest.raises(UserError, match=r"no folder can be made there: choose another --cache_dir"):
+        FeatureCache(cfg, make_mfcc(cfg))
+
+
 # ---- the split -------------------------------------------------------------------------------------------
 
 
