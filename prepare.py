@@ -163,7 +163,7 @@ def find_clips(cfg: Config) -> pd.DataFrame:
         UserError: There is no data folder, no clip, a bad manifest, or the folders are no emotions.
     """
     root = Path(cfg.data_dir)
-    if not root.is_dir():
+    if not os.path.isdir(root):  # noqa: PTH112 - one whose name is too long is no fault of the system
         raise UserError(f"no data folder {root}: name one with a folder of clips per emotion, or try --demo")
     manifest = pd.DataFrame(columns=["emotion", "speaker", "part"])
     if cfg.manifest or (root / "manifest.csv").is_file():
@@ -1041,7 +1041,7 @@ class FeatureCache:
             self.database.execute("PRAGMA page_size = 65536")  # a window of 62 kB fits one page
             self.database.executescript(_TABLES)
             self.database.execute("PRAGMA busy_timeout = 60000")  # ms: others hold it for a commit at a time
-        except (sqlite3.Error, PermissionError) as error:
+        except (sqlite3.Error, OSError) as error:
             raise self.fault(error) from None
 
     def fault(self, error: Exception) -> UserError:
@@ -1049,6 +1049,8 @@ class FeatureCache:
         remedy = "choose another --cache_dir, free disk space, or delete the file"
         if isinstance(error, PermissionError) or re.search("readonly|unable to open", str(error)):
             remedy = "you may not write there: choose another --cache_dir"
+        elif isinstance(error, FileExistsError | FileNotFoundError | NotADirectoryError):
+            remedy = "no folder can be made there: choose another --cache_dir"
         elif not isinstance(error, sqlite3.Error) or "locked" in str(error):
             remedy = "another run has it, or its drive cannot lock: wait, or choose another --cache_dir"
         reason = str(getattr(error, "strerror", error)) or "no locks"
@@ -1219,9 +1221,10 @@ def split(
     several together train on nearly all the others.
 
     By clip, each class of each corpus is divided alike; by speaker, the speakers of each corpus are, and
-    (without folds) a corpus of fewer than three stays in training as a whole. Clips with the same audio are
-    never divided. The test parts of all folds together hold every clip once. Equal seeds and clips give
-    equal parts.
+    (without folds) a corpus of fewer than three stays in training as a whole. Where every corpus is that
+    small, one speaker of all is for testing, and where no speaker is left to validate on, other clips of the
+    training speakers are. Clips with the same audio are never divided. The test parts of all folds together
+    hold every clip once. Equal seeds and clips give equal parts.
 
     Raises:
         UserError: There is only one class, parts would be too small, or a speaker is not known.
@@ -1230,16 +1233,9 @@ def split(
         cfg = dataclasses.replace(cfg, seed=cfg.split_seed)
     if clips.emotion.nunique() < 2:
         raise UserError(f"only one class in {cfg.data_dir}, {clips.emotion.iloc[0]}: nothing to tell apart")
-    corpus = clips.corpus.str.split().str[0]  # RAVDESS speech and song share their actors
     if cfg.split == "speaker":
         _check_speakers(clips)
-        unit, stratum = clips.speaker, corpus
-    else:
-        unit = clips.groupby("audio_hash")["path"].transform("first")
-        stratum = corpus + " " + clips.emotion
-    strata = stratum.groupby(unit).first()
-    # By file name, so that the same clips in other folders get the same parts.
-    strata = strata.loc[sorted(strata.index, key=lambda name: (clip_name(name), name))]
+    unit, strata = _units(clips, cfg.split)
     given = _given_parts(clips, unit)[strata.index]
     test, val = (given.index[given == part] for part in ("test", "val"))
     if n_folds and (len(test) or len(val)):
@@ -1249,15 +1245,34 @@ def split(
         test = _draw_fold(strata, cfg, fold, n_folds)
     elif test.empty:
         test = _draw(free, cfg.test_fraction, cfg.seed)
-    if val.empty:
-        free = free.drop(test, errors="ignore")
-        fraction = cfg.val_fraction * (1 if n_folds else len(strata) / max(len(free), 1))
-        val = _draw(free, fraction, member_seed(cfg, member))
+        if cfg.split == "speaker" and test.empty and val.empty:
+            test = _draw(free.where(free == "", ""), cfg.test_fraction, cfg.seed, least=2)
+    seed, free = member_seed(cfg, member), free.drop(test, errors="ignore")
     part = pd.Series("train", index=strata.index)
     part[test], part[val] = "test", "val"
     parts = unit.map(part)
-    _check_parts(clips.assign(corpus=corpus, part=parts), cfg, member, n_folds)
+    if val.empty:
+        fraction = cfg.val_fraction * (1 if n_folds else len(strata) / max(len(free), 1))
+        val = _draw(free, fraction, seed)
+        if cfg.split == "speaker" and val.empty:  # too few speakers
+            unit, free = _units(clips[unit.isin(free.index)], "random")
+            val = _draw(free, cfg.val_fraction, seed)
+        parts[unit.index[unit.isin(val)]] = "val"
+    _check_parts(clips.assign(part=parts), cfg, member)
     return parts
+
+
+def _units(clips: pd.DataFrame, how: str) -> tuple["pd.Series[str]", "pd.Series[str]"]:
+    """For each clip what it is never divided from, and the stratum of each such unit, by their names."""
+    corpus = clips.corpus.str.split().str[0]  # RAVDESS speech and song share their actors
+    if how == "speaker":
+        unit, stratum = clips.speaker, corpus
+    else:
+        unit = clips.groupby("audio_hash")["path"].transform("first")
+        stratum = corpus + " " + clips.emotion
+    strata = stratum.groupby(unit).first()
+    # By file name, so that the same clips in other folders get the same parts.
+    return unit, strata.loc[sorted(strata.index, key=lambda name: (clip_name(name), name))]
 
 
 def _given_parts(clips: pd.DataFrame, unit: "pd.Series[str]") -> "pd.Series[str]":
@@ -1289,11 +1304,11 @@ def _check_speakers(clips: pd.DataFrame) -> None:
         raise UserError(f"split = speaker: the same audio under two speakers: {names}: remove one")
 
 
-def _draw(strata: "pd.Series[str]", fraction: float, seed: int) -> "pd.Index[str]":
-    """Draw a fraction of each stratum, at least one of three or more, none of fewer."""
+def _draw(strata: "pd.Series[str]", fraction: float, seed: int, *, least: int = 3) -> "pd.Index[str]":
+    """Draw a fraction of each stratum, at least one of `least` or more, none of fewer."""
     drawn: list[str] = []
     for _, stratum in strata.groupby(strata):
-        if fraction and len(stratum) > 2:
+        if fraction and len(stratum) >= least:
             size = min(max(1, round(fraction * len(stratum))), len(stratum) - 1)
             drawn += stratum.sample(size, random_state=seed % 2**32).index.tolist()
     return pd.Index(drawn, dtype=object)
@@ -1314,20 +1329,14 @@ def _draw_fold(strata: "pd.Series[str]", cfg: Config, fold: int, n_folds: int) -
     return strata.index[list(splitter.split(strata, shared))[fold][1]]
 
 
-def _check_parts(clips: pd.DataFrame, cfg: Config, member: int, n_folds: int) -> None:
-    """Refuse parts that are too small; `clips` with the part of each, and what counts as its corpus."""
+def _check_parts(clips: pd.DataFrame, cfg: Config, member: int) -> None:
+    """Refuse parts that are too small; `clips` with the part of each."""
     sizes, n_classes = clips.part.value_counts(), clips.emotion.nunique()
+    if cfg.split == "speaker" and clips.speaker.nunique() < 2:
+        raise UserError("split = speaker: there is only one: add another, or pass --split random")
     if (n_val := sizes.get("val", 0)) < n_classes:
-        rest = clips[clips.part != "test"]
-        speakers = rest.groupby("corpus").speaker.nunique()
         why = f"val_fraction = {cfg.val_fraction}: raise it or add clips"
-        if cfg.split == "speaker" and speakers.max() < 3:
-            here = ", ".join(f"{number} of {corpus}" for corpus, number in speakers.items())
-            why = f"it needs three speakers of one corpus outside the test part, not {here}: add some"
-            if clips.groupby("corpus").speaker.nunique().max() > (3 if n_folds else 2):
-                why += ", raise --folds" if n_folds else ", pass --test_fraction 0"
-            why += ", or pass --split random"
-        elif cfg.split == "random" and rest.groupby(["corpus", "emotion"]).size().max() < 3:
+        if clips[clips.part != "test"].groupby(["corpus", "emotion"]).size().max() < 3:
             why = "outside the test part a class needs three clips: add clips"
         raise UserError(
             f"network {member}: {n_val} of {len(clips)} clips for validation, "

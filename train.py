@@ -189,24 +189,6 @@ def draw_deviations(clips: pd.DataFrame, means: Tensor, seed: int) -> Tensor:
     return torch.from_numpy(deviations)
 
 
-def make_train_loader(
-    clips: pd.DataFrame,
-    labels: Sequence[str],
-    cache: FeatureCache,
-    cfg: Config,
-    deviation: Tensor | None = None,
-) -> Loader:
-    """A random window of each clip, in random order; `deviation` as Batch has it."""
-    repeats = math.ceil(cfg.min_steps * cfg.batch_size / len(clips))  # an epoch has min_steps or more
-    deviation = deviation if deviation is None else torch.cat([deviation] * repeats)
-    clips = pd.concat([clips] * repeats)
-    dataset = EmotionDataset(clips, labels, cache, one_window=True, deviation=deviation)
-    # Batch norm cannot learn from a single clip: a last batch of one waits for the next epoch.
-    drop_last = len(dataset) % cfg.batch_size == 1
-    batches = BatchSampler(RandomSampler(dataset), cfg.batch_size, drop_last)
-    return DataLoader(dataset, batch_size=None, sampler=batches)
-
-
 def draw_epoch(
     clips: pd.DataFrame,
     labels: Sequence[str],
@@ -214,13 +196,22 @@ def draw_epoch(
     cfg: Config,
     *,
     seed: int,
-    means: Tensor | None,
+    means: Tensor | None = None,
 ) -> Loader:
-    """The clips of an epoch; where the `means` of all clips are given, with deviations from voices."""
-    drawn, deviations = draw_clips(clips, cfg, seed), None
+    """A random window of each clip of an epoch, in random order.
+
+    Where the `means` of all clips are given, with deviations from voices.
+    """
+    drawn, deviation = draw_clips(clips, cfg, seed), None
+    repeats = math.ceil(cfg.min_steps * cfg.batch_size / len(drawn))  # an epoch has min_steps or more
     if means is not None:
-        deviations = draw_deviations(clips, means, seed)[drawn.index.tolist()]
-    return make_train_loader(drawn, labels, cache, cfg, deviations)
+        deviation = torch.cat([draw_deviations(clips, means, seed)[drawn.index.tolist()]] * repeats)
+    repeated = pd.concat([drawn] * repeats)
+    dataset = EmotionDataset(repeated, labels, cache, one_window=True, deviation=deviation)
+    # Batch norm cannot learn from a single clip: a last batch of one waits for the next epoch.
+    drop_last = len(dataset) % cfg.batch_size == 1
+    batches = BatchSampler(RandomSampler(dataset), cfg.batch_size, drop_last)
+    return DataLoader(dataset, batch_size=None, sampler=batches)
 
 
 def class_weights(targets: "pd.Series[str]", labels: Sequence[str]) -> Tensor:
@@ -367,7 +358,7 @@ def fit(
         init: The model to start from.
         resume: Whether to go on with the state of an interrupted run.
         deadline: The time, as time.time() gives it, after which no epoch begins. The rate falls before.
-        on_epoch: Gets the row of history.csv of each epoch.
+        on_epoch: Gets the row of history.csv of each epoch, and as kept whether it is the one to keep so far.
 
     Raises:
         UserError: The loss is no longer finite, or the state is of another network.
@@ -379,8 +370,8 @@ def fit(
     cache, augment = FeatureCache(cfg, mfcc), Augment(copy.deepcopy(mfcc), cfg).to(device)
     train_clips, val_clips = (clips[clips.part == part].reset_index(drop=True) for part in ("train", "val"))
     val_loader = make_loader(val_clips, labels, cache, cfg)
-    example = draw_clips(train_clips, cfg, seed)  # every epoch has about as many clips of each class
-    weights = class_weights(example.emotion, labels)
+    # Every epoch has about as many clips of each class.
+    weights = class_weights(draw_clips(train_clips, cfg, seed).emotion, labels)
     criterion = nn.CrossEntropyLoss(weights, label_smoothing=cfg.label_smoothing).to(device)
 
     torch.manual_seed(seed)
@@ -391,7 +382,7 @@ def fit(
     voices = fit_voices(cfg, train_clips, cache).to(device)
     average = make_average(model, cfg.ema_decay)
     optimizer = make_optimizer(model, cfg)
-    n_steps = len(make_train_loader(example, labels, cache, cfg))
+    n_steps = len(draw_epoch(train_clips, labels, cache, cfg, seed=seed))
     warmup, plateau = make_schedules(optimizer, cfg, n_steps)
     stateful: dict[str, Any] = {"model": model, "average": average, "optimizer": optimizer}
     stateful |= {"warmup": warmup, "plateau": plateau}
@@ -451,7 +442,7 @@ def fit(
         state = {name: part.state_dict() for name, part in stateful.items()}
         state |= {"history": history, "best": best, "bad_epochs": bad_epochs, "kept": kept}
         save_tensors(path, state)
-        on_epoch(history[-1])
+        on_epoch(history[-1] | {"kept": kept["epoch"] == epoch})
 
 
 def start_from(init: Checkpoint, model: EmotionCNNGRU, member: int, labels: Sequence[str]) -> None:
@@ -909,7 +900,7 @@ def train(
         n_folds: Cross-validate: train once per fold, and score every clip by networks that never saw it.
         resume: Go on with the interrupted run in run_dir.
         init: A trained model to start from.
-        on_epoch: Gets the row of history.csv of each epoch.
+        on_epoch: Gets what fit gives it, for each epoch.
 
     Returns:
         What metrics.json holds; under torchrun nothing in all processes but the first.
@@ -972,6 +963,8 @@ def describe_split(clips: pd.DataFrame, cfg: Config) -> str:
     heard = speakers.get("test", set()) | speakers["val"]
     shared = f", {len(heard & speakers['train'])} of the {len(heard)} speakers in val and test also in train"
     how = {"random": "split at random", "speaker": "split by speaker"}[cfg.split]
+    if cfg.split == "speaker" and speakers["val"] & speakers["train"]:
+        how += ", val other clips of the few speakers in train"
     how += ", val drawn anew for each network" if cfg.ensemble > 1 else ""
     if "given" in clips and (clips.given != "").any():
         how = f"parts as given, where they are, else {how}"
@@ -982,12 +975,13 @@ def describe_split(clips: pd.DataFrame, cfg: Config) -> str:
 def show_epoch(row: Row, n_epochs: int, bar: "tqdm[Any]") -> None:
     """Move the bar; where there is no terminal to draw it on, print a line."""
     bar.n += 1  # also where there is no bar
-    bar.set_postfix_str(f"network {row['network']}: {row['val_accuracy']:.1%} of val")
+    kept = ", kept" if row["kept"] else ""  # until a later epoch is
+    bar.set_postfix_str(f"network {row['network']}: {row['val_accuracy']:.1%} of val{kept}")
     if bar.disable:
         train = f"train loss {row['train_loss']:.3f} accuracy {row['train_accuracy']:5.1%}"
         val = f"val loss {row['val_loss']:.3f} accuracy {row['val_accuracy']:5.1%}"
         epoch = f"network {row['network']}  epoch {row['epoch']:2d}/{n_epochs}"
-        say(f"{epoch}  {train}  {val}  lr {row['learning_rate']:.1e}  {row['seconds']:.1f} s")
+        say(f"{epoch}  {train}  {val}  lr {row['learning_rate']:.1e}  {row['seconds']:.1f} s{kept}")
 
 
 def finish(cfg: Config, inputs: Inputs) -> dict[str, Any]:

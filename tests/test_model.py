@@ -41,7 +41,7 @@ from model import (
 )
 from prepare import ClipFeatures, FeatureCache
 from tests.conftest import EMOTIONS, TINY, Trained, make_mfcc, tiny_config
-from train import make_train_loader
+from train import draw_epoch
 
 TINY_CFG = Config(**TINY)
 
@@ -81,7 +81,7 @@ def stored(tmp_path: Path) -> tuple[pd.DataFrame, FeatureCache]:
 
 def test_training_draws_one_window_of_each_clip(stored: tuple[pd.DataFrame, FeatureCache]) -> None:
     """Any of its own, sooner or later each of them, and never another clip's."""
-    loader = make_train_loader(stored[0], EMOTIONS, stored[1], TINY_CFG)
+    loader = draw_epoch(stored[0], EMOTIONS, stored[1], TINY_CFG, seed=0)
     seen: dict[int, set[float]] = {0: set(), 1: set(), 2: set()}
     for _ in range(60):
         for features, _, targets, _ in loader:

@@ -1428,6 +1428,14 @@ def test_script_prints_the_table_and_names_odd_files(tmp_path: Path) -> None:
     assert lines[7:] == [rf"warning: {sad}/h\udcff\n.wav: silent"]
 
 
+@pytest.mark.parametrize("place", ["file", "file/cache"])
+def test_cache_that_cannot_be_made_names_its_flag(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    cfg = tiny_config(tmp_path, cache_dir=str(tmp_path / place))
+    with pytest.raises(UserError, match=r"no folder can be made there: choose another --cache_dir"):
+        FeatureCache(cfg, make_mfcc(cfg))
+
+
 # ---- the split -------------------------------------------------------------------------------------------
 
 
@@ -1490,6 +1498,36 @@ def test_split_by_speaker_deals_each_corpus_alike_and_keeps_small_ones_in_traini
     table = clips.groupby(["corpus", parts]).speaker.nunique().unstack(fill_value=0)
     assert table.loc["CREMA-D"].to_dict() == table.loc["SAVEE"].to_dict() == {"train": 7, "val": 2, "test": 1}
     assert table.loc["TESS"].to_dict() == {"train": 2, "val": 0, "test": 0}
+
+
+@pytest.mark.parametrize(("n_speakers", "n_folds"), [(2, 0), (2, 2), (3, 0), (3, 3), (4, 2)])
+def test_few_speakers_are_validated_on_their_other_clips(n_speakers: int, n_folds: int) -> None:
+    """The test speaker is in no other part; the networks validate on other clips of those they train on."""
+    clips = make_table({("other", emotion): 40 for emotion in EMOTIONS}, n_speakers, n_copies=8)
+    clips["audio_hash"] += clips.speaker
+    tested = []
+    for fold in range(n_folds or 1):
+        parts = [
+            split(clips, replace(TINY, split="speaker"), member=member, fold=fold, n_folds=n_folds)
+            for member in (1, 2)
+        ]
+        assert (parts[0] != parts[1]).any()
+        speakers = clips.speaker.groupby(parts[0]).agg(set)
+        assert speakers["train"] == speakers["val"] == set(clips.speaker) - speakers["test"]
+        assert parts[0].groupby(clips.audio_hash).nunique().max() == 1
+        n_val = clips[parts[0] == "val"].groupby("emotion").size() / (parts[0] != "test").sum()
+        assert n_val.tolist() == pytest.approx([0.25 / 3] * 3, abs=0.05)
+        tested += sorted(speakers["test"])
+    assert sorted(tested) == sorted(set(clips.speaker)) if n_folds else len(tested) == 1
+
+
+def test_two_small_corpora_have_a_speaker_to_test_on() -> None:
+    clips = make_table({("TESS", "Sad"): 20, ("mine", "Sad"): 20, ("mine", "Angry"): 20}, n_speakers=2)
+    parts = split(clips, replace(TINY, split="speaker"))
+    assert clips.speaker[parts == "test"].nunique() == 1
+    given = clips.speaker.map({"mine 0": "test"}).fillna("train")
+    with pytest.raises(UserError, match="0 of 60 clips for validation"):  # these are for training alone
+        split(clips.assign(given=given), replace(TINY, split="speaker"))
 
 
 def test_split_at_random_deals_each_class_of_each_corpus_alike() -> None:
@@ -1601,16 +1639,12 @@ PAIR = {"Sad": 15, "Angry": 15}
     ("counts", "n_speakers", "changes", "n_folds", "reason"),
     [
         ({"Sad": 9}, 3, {}, 0, "only one class in data, Sad: nothing to tell apart"),
+        (PAIR, 1, BY_SPEAKER, 0, "there is only one: add another, or pass --split random"),
         ({"Sad": 2, "Angry": 2}, 2, {}, 0, "0 of 4 clips for validation, fewer than"),
         (dict.fromkeys("ABCDE", 3), 1, {}, 0, "5 classes: outside the test part a class needs three clips"),
         (PAIR, 3, {}, 31, "folds = 31: each tests clips of its own, and there are only 30"),
         (PAIR, 4, BY_SPEAKER, 5, "folds = 5: each tests speakers of its own, and there are only 4"),
-        # Of a remedy that is named, each would help.
-        (PAIR, 2, BY_SPEAKER, 0, "not 2 of other: add some, or pass --split random"),
-        (PAIR, 2, BY_SPEAKER, 2, "not 1 of other: add some, or pass --split random"),
-        (PAIR, 3, BY_SPEAKER, 0, "2 of other: add some, pass --test_fraction 0, or pass --split random"),
-        (PAIR, 3, BY_SPEAKER, 3, "2 of other: add some, or pass --split random"),
-        (PAIR, 4, BY_SPEAKER, 2, "2 of other: add some, raise --folds, or pass --split random"),
+        ({"Sad": 4, "Angry": 2}, 2, BY_SPEAKER, 0, "outside the test part a class needs three clips"),
         (
             {"A": 4, "B": 4, "C": 2, "D": 1},
             4,

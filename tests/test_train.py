@@ -247,12 +247,15 @@ WAVERING |= {"tempo": 0, "shift": 0}
 def test_kept_is_the_latest_epoch_within_one_standard_error_of_the_best(tmp_path: Path) -> None:
     others = []
     for seed in range(12):
-        end = fit_toy(make_toy(tmp_path / str(seed), seed=seed, **WAVERING))
+        toy, rows = make_toy(tmp_path / str(seed), seed=seed, **WAVERING), list[train.Row]()
+        fit(*toy, on_epoch=rows.append)
+        end = state(toy[0])
         accuracy = [row["val_accuracy"] for row in end["history"]]
         error = math.sqrt(max(accuracy) * (1 - max(accuracy)) / 100)
         within = [number for number, value in enumerate(accuracy, 1) if value >= max(accuracy) - error]
         assert len(accuracy) == 12
-        assert end["kept"]["epoch"] == within[-1]
+        assert end["kept"]["epoch"] == within[-1] == max(row["epoch"] for row in rows if row["kept"])
+        assert all(row["kept"] for row in rows) == (min(accuracy) >= max(accuracy) - error)
         if within[-1] not in {len(accuracy), accuracy.index(max(accuracy)) + 1}:
             others.append((seed, end["kept"]))
     seed, kept = others[0]  # or this would not tell the rule from simpler ones
@@ -336,6 +339,9 @@ def test_run_leaves_its_files(trained: Trained) -> None:
     printed = re.findall(r"^network (\d)  epoch +(\d)/6 ", trained.result.stdout, re.MULTILINE)
     assert sorted(printed) == [(str(n), str(e)) for n in (1, 2) for e in range(1, 7)]
 
+    kept = re.findall(r"^network (\d)  epoch +(\d)/6 .* s, kept$", trained.result.stdout, re.MULTILINE)
+    epochs = load_checkpoint(Path(trained.cfg.checkpoint))[0].epochs
+    assert [dict(kept)[str(n)] for n in (1, 2)] == [str(epoch) for epoch in epochs]  # the last ones marked
 
 def test_metrics_are_those_of_the_predictions(trained: Trained) -> None:
     """Every test clip is in predictions.csv, and scoring them again gives what metrics.json says."""
@@ -649,6 +655,16 @@ def test_run_by_speaker_is_tested_on_speakers_never_heard(tiny_cfg: Config) -> N
     assert pd.read_csv(Path(tiny_cfg.run_dir, "predictions.csv")).speaker.nunique() == 1
     how = "split by speaker, 0 of the 2 speakers in val and test also in train"
     assert metrics["split"] == (f"3 classes (Angry, Sad, Suprised); 24 train, 12 val, 12 test clips, {how}")
+
+
+def test_two_speakers_are_enough_to_test_on_one_of_them(tiny_cfg: Config, tmp_path: Path) -> None:
+    """The networks validate on other clips of the one that they train on, and the report says so."""
+    make_corpus(tmp_path / "data", n_speakers=2, n_takes=6)
+    cfg = replace(tiny_cfg, data_dir=str(tmp_path / "data"), split="speaker", epochs=1)
+    assert script(cfg) == 0
+    metrics = json.loads(Path(cfg.run_dir, "metrics.json").read_text())
+    assert "12 train, 6 val, 18 test clips, split by speaker, val other clips of the few" in metrics["split"]
+    assert metrics["split"].endswith("1 of the 2 speakers in val and test also in train")
 
 
 def test_folds_score_every_clip_by_networks_that_never_saw_it(
