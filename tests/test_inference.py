@@ -476,6 +476,21 @@ def test_recognizer_says_what_is_wrong_with_its_arguments(trained: Trained) -> N
         Recognizer(trained.cfg.checkpoint, device="gpu")
 
 
+def test_program_with_a_config_of_its_own_has_a_process_for_it(clips: Path) -> None:
+    """Whose modules are those of the folder that inference.py is in."""
+    Path("config.py").write_text("import model\nNAME = 'mine'\n")
+    Path("model.py").touch()
+    command = script_command("inference.py", "--json", "--device=cpu", clips / "2.wav")
+    Path("program.py").write_text(
+        f"import json, subprocess, config\n"
+        f"answer = subprocess.run({command}, stdout=subprocess.PIPE, check=True)\n"
+        f"rows = [json.loads(line) for line in answer.stdout.splitlines()]\n"
+        f"print(config.NAME, rows[0]['emotion'])\n"
+    )
+    output = subprocess.run([sys.executable, "program.py"], capture_output=True, text=True, check=False)
+    assert output.stdout == "mine Angry\n", output.stderr
+
+
 def test_embedding_is_what_the_heads_decide_from(clips: Path, trained: Trained) -> None:
     recognizer = Recognizer(trained.cfg.checkpoint, device="cpu")
     states = torch.from_numpy(recognizer.embed(clips / "2.wav")).split(6 * trained.cfg.gru_hidden)

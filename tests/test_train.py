@@ -343,6 +343,7 @@ def test_run_leaves_its_files(trained: Trained) -> None:
     epochs = load_checkpoint(Path(trained.cfg.checkpoint))[0].epochs
     assert [dict(kept)[str(n)] for n in (1, 2)] == [str(epoch) for epoch in epochs]  # the last ones marked
 
+
 def test_metrics_are_those_of_the_predictions(trained: Trained) -> None:
     """Every test clip is in predictions.csv, and scoring them again gives what metrics.json says."""
     metrics = json.loads((trained.folder / "run" / "metrics.json").read_text())
