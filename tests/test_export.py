@@ -59,10 +59,10 @@ def test_any_number_of_windows_gives_what_pytorch_gives(
     assert str(ROOT).encode() not in exported.read_bytes()  # it is for others
 
 
-def test_example_of_the_readme_needs_no_torch(exported: Path, trained: Trained, tmp_path: Path) -> None:
+def test_example_needs_no_torch(exported: Path, trained: Trained, tmp_path: Path) -> None:
     """And prints what inference.py prints, of clips of one window, two, and six with the end of a clip."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (example,) = [code for code in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "onnx" in code]
+    page = (ROOT / "assets" / "python.md").read_text(encoding="utf-8")
+    (example,) = [code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "onnx" in code]
     for seconds in (0.3, 0.5, 2.05):
         wave = np.concatenate([tone(PITCH["Angry"], seconds / 2), tone(PITCH["Sad"], seconds / 2)])
         soundfile.write(tmp_path / "a.wav", wave, RATE)
