@@ -5,7 +5,7 @@
 writes best_emotion_model.pth and, into run/, history.csv, metrics.json, predictions.csv, figures, and
 mistakes.html to listen to. On several GPUs or machines: `torchrun --nproc_per_node 2 train.py`.
 
-    python train.py --evaluate FOLDER     the same report on other labelled clips, in run/evaluate_FOLDER
+    python train.py --evaluate A B        the same report on other folders of clips, in run/evaluate_A and _B
     python train.py --compare run a b     runs side by side: settings, scores, paired differences
 """
 
@@ -37,7 +37,8 @@ if __name__ == "__main__":  # answers --help, or a bad flag, before the slow imp
     parser.add_argument("--config", metavar="FILE", help="take settings from the run.json of another run")
     parser.add_argument("--folds", type=int, default=0, help="cross-validate: test on each of so many parts")
     parser.add_argument("--init", metavar="MODEL", help="start from the weights of a trained model")
-    parser.add_argument("--evaluate", metavar="FOLDER", help="score the model on labelled clips; no training")
+    parser.add_argument("--evaluate", metavar="FOLDER", nargs="+", help="score the model on labelled clips")
+    parser.add_argument("--own_classes", action="store_true", help="--evaluate: no answers but its classes")
     parser.add_argument("--adapt", action="store_true", help="with --evaluate: also adapted to each speaker")
     parser.add_argument("--compare", metavar="RUN", nargs="+", help="compare run folders with the first one")
     ARGS = parse(parser)
@@ -104,6 +105,7 @@ from prepare import (
     FeatureCache,
     class_of,
     clip_name,
+    find_clips,
     load_corpus,
     make_demo,
     member_seed,
@@ -775,13 +777,23 @@ def read_about(cfg: Config) -> dict[str, Any]:
         raise UserError(f"{path} is damaged: move {cfg.run_dir} away, or pass another --run_dir") from None
 
 
+def check_place(run_dir: str) -> None:
+    """Refuse a folder for results that is a file, or would lie in one."""
+    for path in (Path(run_dir), *Path(run_dir).parents):
+        if path.exists() and not path.is_dir():
+            raise UserError(f"run_dir = {run_dir!r}: {path} is no folder: pass another --run_dir")
+
+
 def check_run_dir(cfg: Config) -> None:
-    """Refuse a run folder that cannot be renamed when the next run begins.
+    """Refuse a run folder that cannot be made, or cannot be renamed when the next run begins.
 
     Raises:
-        UserError: It holds the data, the cache, or the current folder.
+        UserError: It is a file, lies in the data, or holds the data, the cache, or the current folder.
     """
+    check_place(cfg.run_dir)
     run_dir = Path(cfg.run_dir).resolve()
+    if run_dir.is_relative_to(Path(cfg.data_dir).resolve()):
+        raise UserError(f"run_dir = {cfg.run_dir!r}: lies in {cfg.data_dir!r}: pass another --run_dir")
     for path in (".", cfg.data_dir, cfg.cache_dir):
         if Path(path).resolve().is_relative_to(run_dir):
             raise UserError(f"run_dir = {cfg.run_dir!r}: holds {path!r}: a run needs a folder of its own")
@@ -986,13 +998,16 @@ def show_epoch(row: Row, n_epochs: int, bar: "tqdm[Any]") -> None:
 
 def finish(cfg: Config, inputs: Inputs) -> dict[str, Any]:
     """Make the model, or that of each fold, and report how good it is; returns what metrics.json holds."""
-    tables: list[pd.DataFrame] = []
+    tables: dict[str, pd.DataFrame] = {}
     for fold in inputs.folds:
-        if fold:
-            say(f"\nfold {fold} of {len(inputs.folds)}")
         made = make_model(cfg, inputs, fold=fold)
-        metrics, predictions = report(fold_config(cfg, fold), *made, adapt=cfg.split == "speaker")
-        tables.append(predictions)
+        clips, name = made[1], f"fold {fold} of {len(inputs.folds)}"
+        speakers = sorted(set(clips.speaker[clips.part == "test"]))
+        if cfg.split == "speaker" and len(speakers) <= 3:
+            name += f" ({', '.join(speakers)})"
+        if fold:
+            say(f"\n{printable(name)}")
+        metrics, tables[name] = report(fold_config(cfg, fold), *made, adapt=cfg.split == "speaker")
     if inputs.folds != [0]:
         return report_folds(cfg, tables)
     copy_model(cfg)
@@ -1168,6 +1183,7 @@ def report(
     *,
     about: str = "",
     adapt: bool = False,
+    own_classes: bool = False,
 ) -> tuple[dict[str, Any], pd.DataFrame]:
     """Score a model on the test clips among those given, and write metrics, predictions and figures.
 
@@ -1178,6 +1194,7 @@ def report(
         validated: Its predictions of the validation clips, if any.
         about: Which clips these are; empty: what describe_split says.
         adapt: Whether to score the test clips a second time, by models adapted to their speakers.
+        own_classes: Whether to label them with nothing but the classes that they have.
 
     Returns:
         What metrics.json holds, and the predictions of the test clips; where there are none, of the
@@ -1191,6 +1208,7 @@ def report(
         "epochs": checkpoint.epochs,
         "temperature": checkpoint.temperature,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "own_classes": own_classes,
         "config": asdict(cfg),
     }
     predictions = validated
@@ -1199,18 +1217,16 @@ def report(
     test = clips[clips.part == "test"].reset_index(drop=True)
     if len(test):
         cache, labels = FeatureCache(cfg, model.mfcc), checkpoint.labels
-        predictions = make_predictions(
-            test, labels, evaluate(model, make_loader(test, labels, cache, cfg))[0]
-        )
+        label = partial(make_predictions, test, labels, own_classes=own_classes)
+        predictions = label(evaluate(model, make_loader(test, labels, cache, cfg))[0])
         metrics["test"] = score(predictions) | {"seen": checkpoint.count_seen(test)}
         if adapt:
-            probabilities = evaluate_adapted(model, test, labels, cache, cfg)
-            metrics["adapted"] = score(make_predictions(test, labels, probabilities))
+            metrics["adapted"] = score(label(evaluate_adapted(model, test, labels, cache, cfg)))
     save_json(run_dir / "metrics.json", metrics)
     save_predictions(run_dir, predictions)
     for part, title in PART_TITLES.items():
         if part in metrics:
-            heading = f"\n{title}\n" if "val" in metrics else ""
+            heading = f"\n{title}\n" if {"val", "adapted"} & metrics.keys() else ""
             say(heading + describe_scores(metrics[part]))
     epochs = ", ".join(map(str, checkpoint.epochs))
     say(f"\n{cfg.checkpoint}: {checkpoint.summary}, of epoch {epochs}; report and figures in {run_dir}")
@@ -1224,8 +1240,17 @@ PART_TITLES = {
 }
 
 
-def make_predictions(clips: pd.DataFrame, labels: Sequence[str], probabilities: Tensor) -> pd.DataFrame:
-    """A row per clip: path, emotion, corpus, speaker, predicted, and a column p(label) for each class."""
+def make_predictions(
+    clips: pd.DataFrame, labels: Sequence[str], probabilities: Tensor, *, own_classes: bool = False
+) -> pd.DataFrame:
+    """A row per clip: path, emotion, corpus, speaker, predicted, and a column p(label) for each class.
+
+    With `own_classes` for those alone that the clips have: their probabilities, divided by their sum.
+    """
+    if own_classes:
+        own = [number for number, label in enumerate(labels) if label in set(clips.emotion)]
+        labels = [labels[number] for number in own]
+        probabilities = nn.functional.normalize(probabilities[:, own], p=1, dim=1)
     columns = {f"p({label})": probabilities[:, number].numpy() for number, label in enumerate(labels)}
     predicted = np.array(labels, dtype=object)[probabilities.argmax(dim=1)]
     return clips[["path", "emotion", "corpus", "speaker"]].assign(predicted=predicted, **columns)
@@ -1245,18 +1270,20 @@ SCORES = {
 
 
 def score(predictions: pd.DataFrame) -> dict[str, Any]:
-    """The scores of all clips, with intervals, of each class that occurs, and of each corpus."""
+    """The scores of all clips, with intervals, of each class that occurs, each corpus, each known speaker."""
     from sklearn.metrics import classification_report  # takes seconds
 
     true, labels = predictions.emotion, sorted(set(predictions.emotion))
     per_class = classification_report(
         true, predictions.predicted, labels=labels, output_dict=True, zero_division=0
     )
+    known = predictions[predictions.speaker != ""]
     return {
         **summarize(predictions),
         "intervals": bootstrap(predictions),
         "per_class": {label: per_class[label] for label in labels},
         "per_corpus": {str(name): summarize(group) for name, group in predictions.groupby("corpus")},
+        "per_speaker": {str(name): summarize(group) for name, group in known.groupby("speaker")},
     }
 
 
@@ -1338,7 +1365,14 @@ def describe_scores(scores: dict[str, Any]) -> str:
     per_class = pd.DataFrame(scores["per_class"]).T.rename(columns={"f1-score": "F1", "support": "clips"})
     names = {"uar": "UAR", "macro_f1": "F1", "calibration_error": "ECE"}
     per_corpus = pd.DataFrame(scores["per_corpus"]).T.rename(columns=names)
-    for table in (per_class, per_corpus):
+    tables = [per_class, per_corpus]
+    if (n_speakers := len(scores["per_speaker"])) > 1:  # calibration says nothing on so few clips
+        table = pd.DataFrame(scores["per_speaker"]).T.rename(columns=names)[["accuracy", "UAR", "clips"]]
+        table = table.sort_values("accuracy", kind="stable")
+        if n_speakers > 12:
+            table = pd.concat([table.head(4), table.tail(4)]).rename_axis(f"worst, best of {n_speakers}")
+        tables.append(table)
+    for table in tables:
         formats: dict[str, Any] = dict.fromkeys(table.columns, "{:.1%}".format) | {"clips": "{:.0f}".format}
         lines.append(table.rename(printable).to_string(formatters=formats))
     return "\n".join(lines)
@@ -1476,22 +1510,23 @@ def plot_reliability(axes: "Axes", confidence: "pd.Series[float]", right: "pd.Se
 # ---- cross-validation ------------------------------------------------------------------------------------
 
 
-def report_folds(cfg: Config, tables: Sequence[pd.DataFrame]) -> dict[str, Any]:
+def report_folds(cfg: Config, tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """Score the clips of all folds together, each labelled by networks that never saw it.
 
-    `tables` are the predictions of each fold; returns what metrics.json holds.
+    `tables` are the predictions of each fold, by its name; returns what metrics.json holds.
     """
     predictions = pd.concat(
-        [table.assign(fold=fold) for fold, table in enumerate(tables, 1)], ignore_index=True
+        [table.assign(fold=fold) for fold, table in enumerate(tables.values(), 1)], ignore_index=True
     )
     pooled = score(predictions)
     heading = f"all {len(predictions):,} clips, each by the networks that never saw it"
     say(f"\n{heading}\n{describe_scores(pooled)}")
-    per_fold = pd.DataFrame(map(summarize, tables), index=[f"fold {n + 1}" for n in range(len(tables))])
+    per_fold = pd.DataFrame(map(summarize, tables.values()), index=[*map(printable, tables)])
     per_fold = per_fold.drop(columns="clips")
     per_fold = pd.concat([per_fold, per_fold.agg(["mean", "std"])])
     say(f"\n{per_fold.to_string(float_format='{:.1%}'.format)}")
-    metrics = {"pooled": pooled, "folds": [*map(score, tables)], "config": asdict(cfg)}
+    folds = [{"fold": name} | score(table) for name, table in tables.items()]
+    metrics = {"pooled": pooled, "folds": folds, "config": asdict(cfg)}
     save_json(Path(cfg.run_dir, "metrics.json"), metrics)
     save_predictions(Path(cfg.run_dir), predictions)
     return metrics
@@ -1524,37 +1559,80 @@ def load_init(path: Path, cfg: Config, labels: Sequence[str]) -> Checkpoint:
     return checkpoint
 
 
-def evaluate_folder(cfg: Config, folder: str, path: Path, *, adapt: bool) -> None:
-    """Score a model on a folder of labelled clips; the report goes to run_dir/evaluate_<folder>.
+def evaluate_folders(
+    cfg: Config, folders: Sequence[str], path: Path, *, adapt: bool, own_classes: bool
+) -> None:
+    """Score a model on folders of labelled clips; the report of each goes to run_dir/evaluate_<folder>.
 
-    With `adapt` also by models adapted to each speaker.
+    With `adapt` also by models adapted to each speaker; with `own_classes` no clip gets a class that its
+    folder does not have.
 
     Raises:
-        UserError: There is no such model, or it knows no class of the folder.
+        UserError: The model or a folder cannot be used; no report is made.
     """
     checkpoint, model = load_checkpoint(path)
     note(f"model: {path}, {checkpoint.summary}")
-    name = re.sub(r"[^\w.-]", "_", Path(folder).resolve().name)[:80]
-    own = {name: getattr(cfg, name) for name in RUNTIME_FIELDS | {"labels_from", "extra_labels"}}
-    own |= {"data_dir": folder, "checkpoint": str(path), "run_dir": f"{cfg.run_dir}/evaluate_{name}"}
-    cfg = replace(checkpoint.config, **own)
-    found = load_corpus(cfg, model.mfcc)
+    kept = RUNTIME_FIELDS - {"data_dir", "run_dir", "checkpoint"} | {"labels_from", "extra_labels"}
+    model_cfg = replace(
+        checkpoint.config, **{name: getattr(cfg, name) for name in kept}, checkpoint=str(path)
+    )
+    names = [re.sub(r"[^\w.-]", "_", Path(folder).resolve().name)[:80] for folder in folders]
+    if same := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"--evaluate: two reports would be evaluate_{same.pop()}: name one folder alone")
+    jobs = []
+    for folder, name in zip(folders, names, strict=True):
+        jobs.append(replace(model_cfg, data_dir=folder, run_dir=f"{cfg.run_dir}/evaluate_{name}"))
+        check_place(jobs[-1].run_dir)
+    all_found = [find_known(own, checkpoint, own_classes=own_classes) for own in jobs]
+    rows = {}
+    for own, (found, about) in zip(jobs, all_found, strict=True):
+        clips, run_dir = load_corpus(own, model.mfcc, found).assign(part="test"), Path(own.run_dir)
+        if run_dir.exists():  # of another folder of that name, or another model
+            set_aside(run_dir, datetime.fromtimestamp(run_dir.stat().st_mtime).strftime(RUN_ID))
+        said: dict[str, Any] = {"about": f"{len(clips):,} clips of {about}", "own_classes": own_classes}
+        say(printable(said["about"]))
+        metrics, _ = report(own, checkpoint, clips, pd.DataFrame(), **said, adapt=adapt)
+        rows[printable(own.data_dir)] = row_of(metrics)
+    if len(rows) > 1:
+        table = pd.DataFrame(rows).T
+        say(f"\n{table.to_string(formatters={'clips': '{:.0f}'.format}, float_format='{:.1%}'.format)}")
+
+
+def row_of(metrics: dict[str, Any]) -> dict[str, float]:
+    """The scores of a folder in the table of all."""
+    names = {"accuracy": "accuracy", "uar": "UAR", "calibration_error": "ECE"}
+    return {"clips": metrics["test"]["clips"]} | {
+        f"{prefix}{text}": metrics[part][name]
+        for part, prefix in (("test", ""), ("adapted", "adapted "))
+        for name, text in names.items()
+        if part in metrics
+    }
+
+
+def find_known(cfg: Config, checkpoint: Checkpoint, *, own_classes: bool) -> tuple[pd.DataFrame, str]:
+    """The clips in a folder that are of classes of a model, as find_clips gives them, and what they are.
+
+    Raises:
+        UserError: There are none, or with `own_classes` fewer than two classes.
+    """
+    found = find_clips(cfg)
+    found = found[found.left_out == ""]
     spelling = {class_of(label): label for label in checkpoint.labels}  # Suprised is Surprised
-    clips = found.assign(emotion=[spelling.get(class_of(name), name) for name in found.emotion])
-    clips = clips[clips.emotion.isin(checkpoint.labels)]
-    classes = f"classes of {folder}: {', '.join(sorted(set(found.emotion)))}"
-    classes += f"; classes of {path}: {', '.join(checkpoint.labels)}"
+    clips = found.assign(emotion=[spelling.get(class_of(name), "") for name in found.emotion])
+    clips = clips[clips.emotion != ""]
+    classes = f"classes of {cfg.data_dir}: {', '.join(sorted(set(found.emotion)))}"
+    classes += f"; classes of {cfg.checkpoint}: {', '.join(checkpoint.labels)}"
     if clips.empty:
         raise UserError(f"{classes}: none in common")
-    if len(clips) < len(found):
-        note(f"note: {len(found) - len(clips)} clips left out: {classes}")
-    if Path(cfg.run_dir).exists():  # of another folder of that name, or another model
-        set_aside(
-            Path(cfg.run_dir), datetime.fromtimestamp(Path(cfg.run_dir).stat().st_mtime).strftime(RUN_ID)
-        )
-    about = f"{len(clips):,} of {len(found):,} clips of {folder}"
-    say(printable(about))
-    report(cfg, checkpoint, clips.assign(part="test"), pd.DataFrame(), about=about, adapt=adapt)
+    about, own, n_others = cfg.data_dir, sorted(set(clips.emotion)), len(found) - len(clips)
+    if n_others:
+        note(f"note: {n_others} clips left out: {classes}")
+        about += f", {n_others:,} of other classes left out"
+    if own_classes:
+        if len(own) < 2:
+            raise UserError(f"--own_classes: {cfg.data_dir} has only one class of the model, {own[0]}")
+        about += f", labelled as {', '.join(own[:-1])} or {own[-1]}, no other class"
+    return clips, about
 
 
 def read_run(folder: str) -> tuple[dict[str, Any], pd.DataFrame]:
@@ -1580,6 +1658,7 @@ def read_run(folder: str) -> tuple[dict[str, Any], pd.DataFrame]:
         if seen := metrics.get("test", {}).get("seen"):
             note(f"warning: {folder}: not a score: {seen} of its test clips were seen in training")
         how = {"init": run.get("init", ""), "folds": len(metrics.get("folds", []))}
+        how["own_classes"] = metrics.get("own_classes", False)
         return metrics["config"] | how | run.get("environment", {}), table
     except (OSError, ValueError, LookupError, AttributeError, TypeError) as error:
         raise UserError(f"{folder} holds no finished run: {error}") from None
@@ -1642,14 +1721,13 @@ def main(cfg: Config, flags: Namespace) -> int:
     if flags.compare:
         refuse_others(flags, "compare", set())
         compare(flags.compare)
-    elif flags.evaluate is not None:
-        about_labels = {"labels_from", "extra_labels"}
-        allowed = (RUNTIME_FIELDS - {"data_dir", "submission"}) | about_labels | {"adapt", "demo"}
-        refuse_others(flags, "evaluate", allowed)
+    elif flags.evaluate:
+        about = {"labels_from", "extra_labels", "adapt", "own_classes", "demo"}
+        refuse_others(flags, "evaluate", RUNTIME_FIELDS - {"data_dir", "submission"} | about)
         is_named = flags.demo or {"checkpoint", "run_dir"} & vars(flags).keys()
         path = Path(cfg.checkpoint)
         path = path if is_named or path.exists() else PRETRAINED["any"]
-        evaluate_folder(cfg, flags.evaluate, path, adapt=flags.adapt)
+        evaluate_folders(cfg, flags.evaluate, path, adapt=flags.adapt, own_classes=flags.own_classes)
     else:
         check_flags(cfg, flags)
         if flags.demo and os.environ.get("RANK", "0") == "0":
@@ -1671,6 +1749,8 @@ def check_flags(cfg: Config, flags: Namespace) -> None:
         raise UserError("--folds keeps a checkpoint of each fold in run_dir: leave out --checkpoint")
     if flags.adapt:
         raise UserError("--adapt is for --evaluate; --split speaker reports it anyway: leave it out")
+    if flags.own_classes:
+        raise UserError("--own_classes is for --evaluate: leave it out")
     if flags.resume and flags.init:
         raise UserError("--resume goes on with what the run started from: leave out --init")
     if Path(cfg.checkpoint).is_dir():

@@ -65,6 +65,7 @@ def state(cfg: Config, member: int = 1) -> dict[str, Any]:
 
 ACTIONS = {
     "adapt": False,
+    "own_classes": False,
     "demo": False,
     "resume": False,
     "folds": 0,
@@ -338,7 +339,6 @@ def test_run_leaves_its_files(trained: Trained) -> None:
     assert history[["network", "epoch"]].to_numpy().tolist() == [[n, e] for n in (1, 2) for e in range(1, 7)]
     printed = re.findall(r"^network (\d)  epoch +(\d)/6 ", trained.result.stdout, re.MULTILINE)
     assert sorted(printed) == [(str(n), str(e)) for n in (1, 2) for e in range(1, 7)]
-
     kept = re.findall(r"^network (\d)  epoch +(\d)/6 .* s, kept$", trained.result.stdout, re.MULTILINE)
     epochs = load_checkpoint(Path(trained.cfg.checkpoint))[0].epochs
     assert [dict(kept)[str(n)] for n in (1, 2)] == [str(epoch) for epoch in epochs]  # the last ones marked
@@ -464,6 +464,10 @@ def test_earlier_run_is_renamed_after_its_date(copied: Config, capsys: pytest.Ca
         ({}, {"folds": 100}, "folds = 100: each tests clips of its own, and there are only 48"),
         ({}, {"init": "none.pth"}, "no checkpoint none.pth"),
         ({"run_dir": "."}, {}, "run_dir = '.': holds '.'"),
+        ({"run_dir": "best.pth"}, {}, "run_dir = 'best.pth': best.pth is no folder"),
+        ({"run_dir": "best.pth/run"}, {"evaluate": ["."]}, "run_dir = 'best.pth/run/evaluate_"),
+        ({"data_dir": "run", "run_dir": "run/new"}, {}, "run_dir = 'run/new': lies in 'run'"),
+        ({}, {"own_classes": True}, "--own_classes is for --evaluate"),
     ],
 )
 def test_run_that_cannot_begin_touches_nothing(
@@ -643,8 +647,10 @@ def test_run_folder_that_cannot_be_made_is_named_before_any_work(tiny_cfg: Confi
     (tmp_path / "place").touch()
     cfg = replace(tiny_cfg, run_dir=str(tmp_path / "place" / "run"))
     result = run_script("train.py", *flags(cfg), cwd=tmp_path)
-    assert (result.returncode, result.stdout) == (1, "")
-    assert re.fullmatch(rf"error: {tmp_path}/place: File exists\n", result.stderr)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        f"error: run_dir = '{cfg.run_dir}': {tmp_path}/place is no folder: pass another --run_dir\n"
+    )
 
 
 # ---- split by speaker and folds --------------------------------------------------------------------------
@@ -681,6 +687,7 @@ def test_folds_score_every_clip_by_networks_that_never_saw_it(
     everything = [str(path) for emotion in EMOTIONS for path in (corpus / emotion).iterdir()]
     assert sorted(table.path) == sorted(everything)
     metrics = json.loads((run_dir / "metrics.json").read_text())
+    assert [fold["fold"] for fold in metrics["folds"]] == [f"fold {n} of 3" for n in (1, 2, 3)]
     assert metrics["pooled"]["accuracy"] == (table.emotion == table.predicted).mean()
     for fold in (1, 2, 3):
         checkpoint, _ = load_checkpoint(run_dir / f"fold{fold}" / "best_emotion_model.pth")
@@ -693,6 +700,21 @@ def test_folds_score_every_clip_by_networks_that_never_saw_it(
     shutil.rmtree(run_dir / "fold3")  # as if it had been stopped there
     assert script(cfg, folds=3, resume=True) == 0
     assert json.loads((run_dir / "metrics.json").read_text())["pooled"] == metrics["pooled"]
+
+
+def test_folds_of_few_speakers_are_named_after_them(
+    tiny_cfg: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In what is printed and in metrics.json."""
+    assert script(replace(tiny_cfg, split="speaker", epochs=1), folds=4) == 0
+    out, names = capsys.readouterr().out, set()
+    for number in (1, 2, 3, 4):
+        [speaker] = set(pd.read_csv(Path(tiny_cfg.run_dir, f"fold{number}", "predictions.csv")).speaker)
+        names.add(name := f"fold {number} of 4 ({speaker})")
+        assert f"\n{name}\n" in out
+        assert re.search(rf"^{re.escape(name)} +\d+\.\d% ", out, re.MULTILINE)
+    folds = json.loads(Path(tiny_cfg.run_dir, "metrics.json").read_text())["folds"]
+    assert {fold["fold"] for fold in folds} == names
 
 
 # ---- scores ----------------------------------------------------------------------------------------------
@@ -732,6 +754,22 @@ def by_speakers(n_right: list[int]) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
+def test_speakers_have_a_table_of_which_the_worst_and_best_are_shown() -> None:
+    """Of up to twelve all; the unknown have no row."""
+    scores = score(by_speakers([5, 0, 3]))
+    row = {"accuracy": 3 / 5, "uar": 3 / 5, "clips": 10}
+    assert {name: scores["per_speaker"]["s2"][name] for name in row} == pytest.approx(row)
+    rows = re.findall(r"^(s\d+) +(\d+\.\d)% +\2% +10$", describe_scores(scores), re.MULTILINE)
+    assert rows == [("s1", "0.0"), ("s2", "60.0"), ("s0", "100.0")]
+    many = by_speakers([3, 3, 3, 5, 0, 1, 4, 3, 3, 2, 3, 3, 5])
+    text = describe_scores(score(many))
+    assert "worst, best of 13" in text
+    assert re.findall(r"^s(\d+) ", text, re.MULTILINE) == ["4", "5", "9", "0", "8", "6", "12", "3"]
+    assert score(many.assign(speaker=many.speaker.replace("s0", "")))["per_speaker"].keys() == {
+        f"s{number}" for number in range(1, 13)
+    }
+
+
 def test_intervals_resample_speakers_and_not_clips() -> None:
     """Half of 40 speakers all right, half all wrong: the deviation is that of 40 draws, not of 400."""
     intervals = bootstrap(by_speakers([5, 0] * 20))
@@ -766,7 +804,7 @@ def test_evaluate_scores_a_model_on_any_labelled_folder(
     )
     (folder / "Suprised").mkdir()
     shutil.copytree(folder / "Sad", folder / "Bored")
-    assert script(copied, evaluate=str(folder)) == 0
+    assert script(copied, evaluate=[str(folder)]) == 0
     out, err = capsys.readouterr()
     assert f"4 clips left out: classes of {folder}: Angry, Bored, Sad; classes of" in err
     assert (
@@ -778,16 +816,17 @@ def test_evaluate_scores_a_model_on_any_labelled_folder(
     metrics = json.loads((report / "metrics.json").read_text())
     assert (metrics["test"]["clips"], metrics["test"]["seen"]) == (8, 1)
     assert metrics["test"]["accuracy"] > 0.7
+    assert metrics["split"] == f"8 clips of {folder}, 4 of other classes left out"
     assert metrics["config"]["n_mfcc"] == copied.n_mfcc
     # The same without a model of one's own: the bundled one.
     monkeypatch.setitem(PRETRAINED, "any", Path(copied.checkpoint))
     places = {"run_dir": str(tmp_path / "new"), "checkpoint": "none.pth", "cache_dir": copied.cache_dir}
-    assert script(Config(num_workers=0, device="cpu", **places), evaluate=str(folder)) == 0
+    assert script(Config(num_workers=0, device="cpu", **places), evaluate=[str(folder)]) == 0
     assert (tmp_path / "new" / "evaluate_mine" / "predictions.csv").read_text() == (
         report / "predictions.csv"
     ).read_text()
     # A second report of that name sets the first aside.
-    assert script(copied, evaluate=str(folder)) == 0
+    assert script(copied, evaluate=[str(folder)]) == 0
     assert "evaluate_mine is of an earlier run: it is evaluate_mine_" in capsys.readouterr().err
     assert len(list(Path(copied.run_dir).glob("evaluate_mine_*/metrics.json"))) == 1
     # One class is enough, and what the model did not see is a score.
@@ -796,8 +835,66 @@ def test_evaluate_scores_a_model_on_any_labelled_folder(
     noise = 0.01 * np.random.default_rng(9).normal(size=RATE // 2)
     soundfile.write(folder / "Sad" / "new.wav", tone(PITCH["Sad"]) + noise, RATE)
     capsys.readouterr()
-    assert script(copied, evaluate=str(folder)) == 0
+    assert script(copied, evaluate=[str(folder)]) == 0
     assert "not a score" not in capsys.readouterr().out
+
+
+def test_folders_are_evaluated_together_and_end_in_a_table(
+    copied: Config, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row per folder, of the scores in its own report."""
+    two = make_corpus(tmp_path / "two", emotions=("Angry", "Sad"), n_takes=2)
+    assert script(copied, evaluate=[str(corpus), str(two)], adapt=True) == 0
+    out = capsys.readouterr().out
+    assert out.count("\ntest clips, the model adapted to each speaker") == 2
+    header, *rows = out.splitlines()[-3:]
+    names = ["accuracy", "UAR", "ECE"]
+    assert header.split() == ["clips", *names, *(word for name in names for word in ("adapted", name))]
+    for folder, row in zip((corpus, two), rows, strict=True):
+        metrics = json.loads(Path(copied.run_dir, f"evaluate_{folder.name}", "metrics.json").read_text())
+        scores = [
+            metrics[p][s] for p in ("test", "adapted") for s in ("accuracy", "uar", "calibration_error")
+        ]
+        assert row.split() == [str(folder), str(metrics["test"]["clips"]), *(f"{s:.1%}" for s in scores)]
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        ("nowhere", "no data folder nowhere"),
+        ("a" * 300, "no data folder aaa"),
+        ("good/../good", "two reports would be evaluate_good"),
+        ("one", "--own_classes: one has only one class of the model, Sad"),
+    ],
+)
+def test_no_folder_is_evaluated_where_one_cannot_be(
+    bad: str, reason: str, copied: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(Path(copied.run_dir).parent)
+    make_corpus(Path("good"), n_takes=1)
+    make_corpus(Path("one"), emotions=["Sad"], n_takes=1)
+    with pytest.raises(UserError, match=reason) as refusal:
+        script(copied, evaluate=["good", bad], own_classes=bad == "one")
+    assert refusal.value.code == 2
+    assert not Path(copied.run_dir, "evaluate_good").exists()
+
+
+def test_answers_can_be_kept_to_the_classes_of_a_folder(copied: Config, tmp_path: Path) -> None:
+    """Their probabilities are divided by their sum; the report and --compare say so."""
+    folder = make_corpus(tmp_path / "two", emotions=("Angry", "Sad"), n_takes=1)
+    report, other = Path(copied.run_dir, "evaluate_two"), tmp_path / "all_classes"
+    assert script(copied, evaluate=[str(folder)]) == 0
+    report.rename(other)
+    assert script(copied, evaluate=[str(folder)], own_classes=True, adapt=True) == 0
+    own, every = (pd.read_csv(place / "predictions.csv") for place in (report, other))
+    assert own.columns[-2:].tolist() == ["p(Angry)", "p(Sad)"]
+    both = every[["p(Angry)", "p(Sad)"]]
+    np.testing.assert_allclose(own[both.columns], both.div(both.sum(axis=1), axis=0), atol=1e-6)
+    assert (own.predicted == both.idxmax(axis=1).str[2:-1]).all()
+    metrics = json.loads((report / "metrics.json").read_text())
+    assert metrics["split"] == f"8 clips of {folder}, labelled as Angry or Sad, no other class"
+    assert "Suprised" not in metrics["adapted"]["per_class"]
+    assert [train.read_run(str(place))[0]["own_classes"] for place in (report, other)] == [True, False]
 
 
 def test_model_for_any_recordings_hears_no_level(tmp_path: Path, corpus: Path) -> None:
@@ -820,10 +917,10 @@ def test_model_for_any_recordings_hears_no_level(tmp_path: Path, corpus: Path) -
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"evaluate": "other", "epochs": 3}, "--epochs has no effect on --evaluate"),
-        ({"evaluate": "other", "init": "best.pth"}, "--init has no effect on --evaluate"),
-        ({"evaluate": "other"}, "classes of other: Calm, Joy; classes of .*: Angry, .*: none in common"),
-        ({"evaluate": "other", "checkpoint": "none.pth"}, "no checkpoint none.pth"),
+        ({"evaluate": ["other"], "epochs": 3}, "--epochs has no effect on --evaluate"),
+        ({"evaluate": ["other"], "init": "best.pth"}, "--init has no effect on --evaluate"),
+        ({"evaluate": ["other"]}, "classes of other: Calm, Joy; classes of .*: Angry, .*: none in common"),
+        ({"evaluate": ["other"], "checkpoint": "none.pth"}, "no checkpoint none.pth"),
         ({"compare": ["run", "other"]}, "other holds no finished run"),
         ({"init": "best.pth", "n_mfcc": 10, "ensemble": 3}, "pass --n_mfcc 8 --ensemble 2"),
         ({"init": "best.pth", "resume": True}, "--resume goes on with what the run started from"),
