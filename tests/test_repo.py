@@ -334,7 +334,7 @@ def test_example_hears_a_microphone(
     stub: Any = types.ModuleType("sounddevice")
     stub.InputStream = Microphone
     monkeypatch.setitem(sys.modules, "sounddevice", stub)
-    block = block_with("README.md", "sounddevice")
+    block = block_with("assets/python.md", "sounddevice")
     assert n_lines(block) <= 20
     with pytest.raises(KeyboardInterrupt):
         run_with_model(block)
