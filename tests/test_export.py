@@ -94,7 +94,8 @@ def test_what_cannot_be_exported_is_refused_in_one_line(
     Path("folder.onnx").mkdir()
     Path("model.pth").write_text("precious")
     settings = {"checkpoint": trained.cfg.checkpoint}
-    unused = dict.fromkeys(["adapt", "demo", "fill", "timeline", "step", "json", "output", "abstain"], "")
+    names = "adapt demo fill timeline step json output abstain segments standard_names"
+    unused = dict.fromkeys(names.split(), "")
     with pytest.raises(UserError, match=f"^{re.escape(message)}"):
         inference.main(Config(**settings), Namespace(**{"paths": [], **unused, **flags, **settings}))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.onnx", "model.pth"]

@@ -460,7 +460,7 @@ def test_earlier_run_is_renamed_after_its_date(copied: Config, capsys: pytest.Ca
     ("changes", "actions", "reason"),
     [
         ({"device": "cuda:7"}, {}, "device = 'cuda:7': not on this machine"),
-        ({"split": "speaker", "val_fraction": 0.01, "test_fraction": 0.89}, {}, "for validation"),
+        ({"val_fraction": 0.01, "test_fraction": 0.89}, {}, "for validation"),
         ({}, {"folds": 100}, "folds = 100: each tests clips of its own, and there are only 48"),
         ({}, {"init": "none.pth"}, "no checkpoint none.pth"),
         ({"run_dir": "."}, {}, "run_dir = '.': holds '.'"),
