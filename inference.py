@@ -353,7 +353,7 @@ class Recognizer:
         with one_thread():
             wave, own_rate = Recording(_as_list(clip)[0], self.cfg, rate=rate).read(), self.cfg.sample_rate
             length = len(wave) / own_rate
-            inside = [start < end <= length + 0.1 for start, end in segments]  # ends may be rounded
+            inside = [0 <= start < end <= length + 0.1 for start, end in segments]  # ends may be rounded
             spans = np.rint(np.array([*itertools.compress(segments, inside)]) * own_rate).astype(int)
             results = iter(self._predict([wave[start:end] for start, end in spans], rate=own_rate))
         beyond = AudioError(f"not in the recording, which has {length:.2f} s")
@@ -553,7 +553,8 @@ def label_files(
     """
     step = (flags.step or recognizer.cfg.duration) if flags.timeline else 0.0
     predictions = recognizer.predict_files([path for path, _ in names], step=step)
-    abouts, titles = [{"filename": name} for _, name in names], unique_stems([name for _, name in names])
+    abouts = [{"filename": name} for _, name in names]
+    titles = unique_stems([name for _, name in names]) if step else [""] * len(names)
 
     def results() -> Iterator[Prediction | AudioError]:
         for (_, name), title, (path, result) in zip(names, titles, predictions, strict=True):
@@ -570,7 +571,7 @@ def read_segments(path: Path) -> pd.DataFrame:
     """A table of parts of recordings: filename, start and end in seconds, and perhaps speaker, all text.
 
     Raises:
-        UserError: It cannot be understood, or names no file below its folder, or a part that cannot be.
+        UserError: It cannot be understood, or a row names no file, or times that cannot be.
     """
     table, columns = read_csv(path, "segments"), {"filename", "start", "end"}
     if not columns <= set(table.columns) <= columns | {"speaker"} or table.empty:

@@ -587,6 +587,8 @@ def test_parts_of_recordings_have_rows_of_their_own(capsys: Capture) -> None:
     wave = soundfile.read("talks/a.wav", dtype="float32")[0]
     alone = Recognizer(device="cpu").predict(wave[RATE // 2 : 3 * RATE // 2], RATE)
     assert rows.confidence[0] == pytest.approx(alone.confidence, abs=1e-4)
+    found = Recognizer(device="cpu").predict_segments("talks/a.wav", [(-3.5, 3), (0, 1), (1, 1), (5, 6)])
+    assert [isinstance(result, AudioError) for result in found] == [True, False, True, True]
 
 
 @pytest.mark.parametrize(
